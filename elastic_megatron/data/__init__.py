@@ -1,0 +1,1 @@
+"""Text to Megatron ``.bin/.idx`` token files, and token files to batches."""

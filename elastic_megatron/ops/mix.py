@@ -1,0 +1,130 @@
+"""The differentiable twin of a ``SubmodelSpec``: probabilities over the choices of each axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..cost.sizes import LayerGroup, ModelSizes, feeds_attention, parent_fields
+from ..space import ElasticSpace, SubmodelSpec
+from ..space.axes import axis as axis_of
+
+
+@lru_cache(maxsize=256)
+def _prefix_table(space: ElasticSpace, axis: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[choices, size]: row c marks the stored positions (for depth: the layers) that choice c keeps."""
+    table = torch.zeros(len(space.choices_of(axis)), space.parent.size(axis), dtype=dtype)
+    for row, width in zip(table, space.choices_of(axis), strict=True):
+        kept = space.layer_order[:width] if axis == "num_layers" else space.kept(axis, width)
+        row[list(kept)] = 1
+    return table.to(device)
+
+
+@lru_cache(maxsize=256)
+def _choice_values(space: ElasticSpace, axis: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(space.choices_of(axis), device=device, dtype=dtype)
+
+
+class SubmodelMix:
+    """Which submodel a micro-batch runs, as tensors that carry gradient to the budget router.
+
+    ``probs[axis]`` is ``[choices]``, or ``[layers of the type, choices]`` for a per-layer axis. Masks are
+    ``p @ T`` with T the table of lane prefixes, widths are ``p @ choices``; a one-hot p is exactly the
+    submodel, so soft and hard sampling are one code path. A mix is a value: it is built for one micro-batch
+    and never changed.
+    """
+
+    def __init__(self, space: ElasticSpace, probs: Mapping[str, Tensor]) -> None:
+        assert tuple(probs) == space.axes, (tuple(probs), space.axes)
+        self.space = space
+        self.probs = dict(probs)
+
+    @classmethod
+    def one_hot(
+        cls,
+        space: ElasticSpace,
+        spec: SubmodelSpec,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> SubmodelMix:
+        """The mix that is exactly ``spec``."""
+        probs = {}
+        for a in space.axes:
+            choices, width = space.choices_of(a), spec[a]
+            if isinstance(width, tuple):
+                rows = [[float(c == w) for c in choices] for w in width]
+                probs[a] = torch.tensor(rows, device=device, dtype=dtype)
+            else:
+                probs[a] = torch.tensor([float(c == width) for c in choices], device=device, dtype=dtype)
+        return cls(space, probs)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The probabilities in axis order: what activation recomputation takes as explicit arguments."""
+        return tuple(self.probs[a] for a in self.space.axes)
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> SubmodelMix:
+        """The same mix over other tensors (those that recomputation detached)."""
+        return SubmodelMix(self.space, dict(zip(self.space.axes, tensors, strict=True)))
+
+    def _row(self, axis: str, position: int) -> Tensor:
+        p = self.probs[axis]
+        return p[position] if p.dim() == 2 else p
+
+    def mask(self, axis: str, position: int = 0) -> Tensor:
+        """[size of the axis]: how much of each stored component the ``position``-th layer of its type keeps."""
+        p = self._row(axis, position)
+        return p @ _prefix_table(self.space, axis, p.device, p.dtype)
+
+    def width(self, axis: str, position: int = 0) -> Tensor:
+        """Expected width, a 0-d tensor."""
+        p = self._row(axis, position)
+        return p @ _choice_values(self.space, axis, p.device, p.dtype)
+
+    def keep(self, layer: int) -> Tensor | None:
+        """Probability that a layer runs; ``None`` where depth is not elastic."""
+        if "num_layers" not in self.probs:
+            return None
+        return self.mask("num_layers")[layer]
+
+    def argmax(self) -> SubmodelSpec:
+        """The most probable submodel."""
+        widths: dict[str, int | list[int]] = {}
+        for a, p in self.probs.items():
+            choices = self.space.choices_of(a)
+            best = p.argmax(-1)
+            widths[a] = [choices[i] for i in best.tolist()] if p.dim() == 2 else choices[int(best)]
+        return SubmodelSpec.of(widths)
+
+    def sizes(self) -> ModelSizes:
+        """Expected sizes for the cost formulas: scalars for global axes, vectors for per-layer ones.
+
+        Axes are drawn independently, so the expectation of a product of widths is the product of the
+        expectations, and the formulas stay exact in expectation.
+        """
+        parent = self.space.parent
+        hidden = self.width("hidden_size") if "hidden_size" in self.probs else parent.hidden_size
+        depth = self.mask("num_layers") if "num_layers" in self.probs else None
+        groups = []
+        for symbol in sorted(set(parent.hybrid_layer_pattern)):
+            members = parent.layers_of(symbol)
+            for feeds in (False, True):
+                chosen = [j for j, i in enumerate(members) if feeds_attention(parent, i) == feeds]
+                if not chosen:
+                    continue
+                sizes = {**parent_fields(parent), "hidden_size": hidden}
+                for a in self.space.axes:
+                    if axis_of(a).symbol == symbol:
+                        values = _choice_values(self.space, a, self.probs[a].device, self.probs[a].dtype)
+                        width = self.probs[a] @ values
+                        sizes[a] = width[chosen] if width.dim() else width
+                vector = any(hasattr(v, "dim") and v.dim() for v in sizes.values())
+                weight: Tensor | int = len(chosen)
+                if depth is not None:
+                    weight = depth[[members[j] for j in chosen]]
+                elif vector:
+                    weight = torch.ones(len(chosen), device=self.tensors()[0].device)
+                groups.append(LayerGroup(symbol, sizes, weight, feeds))
+        return ModelSizes(parent, tuple(groups), hidden)

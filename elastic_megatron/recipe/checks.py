@@ -1,0 +1,123 @@
+"""Rules that tie sections of a recipe together.
+
+Each check names the sections that it reads as its parameters, so that it can still run when some other
+section is broken: a user then sees every problem in one go.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+
+from elastic_megatron.recipe.elastic import Budgets, Space
+from elastic_megatron.recipe.messages import did_you_mean
+from elastic_megatron.recipe.model import Model
+from elastic_megatron.recipe.training import Loss, Optimizer, Parallel, Stage, Teacher
+from elastic_megatron.recipe.types import Problem
+
+
+def _budgets_need_choices(budgets: Budgets, space: Space) -> Iterator[Problem]:
+    if budgets and not space.choices:
+        yield Problem(("budgets",), "needs sizes to choose from: fill in space.choices")
+
+
+def _stage_names(stages: tuple[Stage, ...]) -> Iterator[Problem]:
+    names = [stage.name for stage in stages]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            text = f"{name!r} is already the name of stages[{names.index(name)}]"
+            yield Problem(("stages", index, "name"), text)
+
+
+def _stage_budgets(stages: tuple[Stage, ...], budgets: Budgets) -> Iterator[Problem]:
+    for index, stage in enumerate(stages):
+        probs = {} if isinstance(stage.budget_probs, str) else stage.budget_probs
+        for name in probs:
+            if name not in budgets:
+                hint = did_you_mean(name, budgets) or f"; budgets are {', '.join(budgets) or '(none)'}"
+                yield Problem(("stages", index, "budget_probs", name), f"unknown key {name!r}{hint}", True)
+
+
+def _stage_lr(stages: tuple[Stage, ...], optimizer: Optimizer) -> Iterator[Problem]:
+    for index, stage in enumerate(stages):
+        if stage.lr is not None and stage.lr < optimizer.min_lr:
+            text = f"{stage.lr:g} is below optimizer.min_lr = {optimizer.min_lr:g}"
+            yield Problem(("stages", index, "lr"), text)
+
+
+def _plain_training(
+    stages: tuple[Stage, ...], budgets: Budgets, loss: Loss, teacher: Teacher
+) -> Iterator[Problem]:
+    if stages and not budgets and loss.kind != "cross_entropy" and teacher.checkpoint is None:
+        text = (
+            f"{loss.kind} of a model from itself is always 0: "
+            "add budgets, name a teacher.checkpoint, or write kind: cross_entropy"
+        )
+        yield Problem(("loss", "kind"), text)
+
+
+def _topk(model: Model, space: Space) -> Iterator[Problem]:
+    if model.sizes is None:
+        return
+    for index, experts in enumerate(space.choices.get("num_moe_experts", ())):
+        if experts < model.sizes.moe_router_topk:
+            text = f"{experts} experts are fewer than model.sizes.moe_router_topk = {model.sizes.moe_router_topk}"
+            yield Problem(("space", "choices", "num_moe_experts", index), text)
+
+
+def _parallel_switches(parallel: Parallel) -> Iterator[Problem]:
+    if parallel.sequence and parallel.tensor == 1:
+        yield Problem(("parallel", "sequence"), "needs parallel.tensor above 1")
+    if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
+        yield Problem(("parallel", "virtual_pipeline"), "needs parallel.pipeline above 1")
+
+
+def _world_size(parallel: Parallel, stages: tuple[Stage, ...]) -> Iterator[Problem]:
+    world = parallel.world_size
+    if world is None:
+        return
+    dense = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "context": parallel.context}
+    experts = {
+        "expert_tensor": parallel.expert_tensor or parallel.tensor,
+        "expert": parallel.expert,
+        "pipeline": parallel.pipeline,
+    }
+    for sizes in (dense, experts):
+        product = 1
+        for size in sizes.values():
+            product *= size
+        if world % product:
+            shown = " x ".join(f"{name} {size}" for name, size in sizes.items())
+            yield Problem(("parallel", "world_size"), f"{world} is not a multiple of {shown} = {product}")
+    yield from _batch_per_rank(world // (parallel.tensor * parallel.pipeline * parallel.context), stages)
+
+
+def _batch_per_rank(data_parallel: int, stages: tuple[Stage, ...]) -> Iterator[Problem]:
+    for index, stage in enumerate(stages):
+        per_pass = stage.micro_batch_size * data_parallel
+        if per_pass and stage.global_batch_size % per_pass:
+            text = (
+                f"{stage.global_batch_size} is not a multiple of micro_batch_size {stage.micro_batch_size} "
+                f"x {data_parallel} data-parallel ranks = {per_pass}"
+            )
+            yield Problem(("stages", index, "global_batch_size"), text)
+
+
+_CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
+    _budgets_need_choices,
+    _stage_names,
+    _stage_budgets,
+    _stage_lr,
+    _plain_training,
+    _topk,
+    _parallel_switches,
+    _world_size,
+)
+
+
+def run(sections: Mapping[str, object]) -> list[Problem]:
+    """Problems between the given valid sections; a check whose sections are not all there is left out."""
+    found: list[Problem] = []
+    for check in _CHECKS:
+        names = inspect.signature(check).parameters
+        if all(name in sections for name in names):
+            found += check(**{name: sections[name] for name in names})
+    return found

@@ -1,0 +1,150 @@
+"""What makes a run elastic: the search space, the budgets, the ranking and the budget router."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from elastic_megatron.recipe.types import (
+    Axis,
+    FilePath,
+    Key,
+    Positive,
+    PositiveFloat,
+    Problem,
+    Rate,
+    Section,
+    Switch,
+    raise_any,
+)
+
+# One residual stream crosses all layers, and depth is a choice of layers: neither can differ by layer.
+GLOBAL_AXES = ("hidden_size", "num_layers")
+
+
+class Space(Section):
+    """The widths that submodels may have. Legality against the model is checked by `elastic_megatron.space`."""
+
+    choices: dict[Axis, tuple[Positive, ...]] = Field(
+        {}, description="Axis -> the sizes it may take; axes not named stay at the parent's size."
+    )
+    lanes: dict[Axis, Positive] = Field(
+        {}, description="Axis -> equal blocks its sorted components are dealt to (a multiple of TP or EP)."
+    )
+    granule: dict[Axis, Positive] = Field(
+        {}, description="Axis -> every size must be a multiple of this (quantisation block, kernel tile)."
+    )
+    per_layer: tuple[Axis, ...] = Field((), description="Axes whose size may differ from layer to layer.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        raise_any([*self._choices(), *self._without_choices(), *self._per_layer()])
+        return self
+
+    def _choices(self) -> Iterator[Problem]:
+        for axis, sizes in self.choices.items():
+            if not sizes:
+                yield Problem(("choices", axis), "needs at least one size")
+            repeated = sorted({size for size in sizes if sizes.count(size) > 1})
+            if repeated:
+                yield Problem(("choices", axis), f"names {', '.join(map(str, repeated))} more than once")
+
+    def _without_choices(self) -> Iterator[Problem]:
+        for field in ("lanes", "granule"):
+            for axis in getattr(self, field):
+                if axis not in self.choices:
+                    text = f"has no effect: {axis} has no sizes in space.choices"
+                    yield Problem((field, axis), text)
+
+    def _per_layer(self) -> Iterator[Problem]:
+        for position, axis in enumerate(self.per_layer):
+            if axis in GLOBAL_AXES:
+                yield Problem(("per_layer", position), f"{axis} is one choice for the whole model")
+            elif axis not in self.choices:
+                yield Problem(("per_layer", position), f"{axis} has no sizes in space.choices")
+
+
+class BudgetBase(Section):
+    """What every budget has."""
+
+    target: PositiveFloat = Field(description="The size that the submodel should have, in `unit`.")
+    unit: Literal["ratio", "absolute"] = Field(
+        "ratio",
+        description="ratio: fraction of the parent; absolute: parameters, bytes, or the table's time unit.",
+    )
+
+    @model_validator(mode="after")
+    def _ratio(self) -> Self:
+        if self.unit == "ratio" and self.target > 1:
+            text = f"{self.target:g} is more than the whole parent (1); for a size write unit: absolute"
+            raise_any([Problem(("target",), text)])
+        return self
+
+
+class ParameterBudget(BudgetBase):
+    """A number of parameters."""
+
+    metric: Literal["active_params", "total_params"] = Field(
+        description="active_params: the parameters that one token uses; total_params: all of them."
+    )
+
+
+class MemoryBudget(BudgetBase):
+    """Bytes resident while decoding: weights, KV cache and SSM state."""
+
+    metric: Literal["memory_bytes"] = Field(description="Bytes resident while decoding.")
+    format: Literal["bf16", "fp8", "nvfp4"] = Field("bf16", description="Format of the deployed weights.")
+    sequence_length: Positive = Field(description="Tokens in each sequence's cache.")
+    batch_size: Positive = Field(1, description="Sequences decoded together.")
+
+
+class LatencyBudget(BudgetBase):
+    """A time, looked up in a measured table."""
+
+    metric: Literal["latency"] = Field(description="Time by a measured table.")
+    table: FilePath = Field(description="File of measured times.")
+
+
+Budget = Annotated[ParameterBudget | MemoryBudget | LatencyBudget, Field(discriminator="metric")]
+Budgets = dict[Key, Budget]
+
+
+class Rank(Section):
+    """The calibration pass that scores every component."""
+
+    samples: Positive = Field(1024, description="Calibration sequences.")
+    seq_length: Positive = Field(8192, description="Tokens per calibration sequence.")
+    micro_batch_size: Positive = Field(1, description="Sequences per forward pass.")
+    depth: Switch = Field(False, description="Rank layers too: one further pass per layer left out.")
+
+
+class GumbelTau(Section):
+    """Temperature of the Gumbel-softmax, linear over the run."""
+
+    start: PositiveFloat = Field(1.0, description="At the first step.")
+    end: PositiveFloat = Field(0.05, description="At the last step.")
+
+
+class LogitScale(Section):
+    """Factor on the router's logits, linear over the run."""
+
+    start: PositiveFloat = Field(1.0, description="At the first step.")
+    end: PositiveFloat = Field(10.0, description="At the last step.")
+
+
+class Router(Section):
+    """The budget router: one small network per axis, from the budget to probabilities over its sizes."""
+
+    inner_size: Positive = Field(256, description="Hidden width of each network.")
+    tau: GumbelTau = Field(GumbelTau(), description="Gumbel-softmax temperature.")
+    logit_scale: LogitScale = Field(LogitScale(), description="Factor on the logits.")
+    sampling: Literal["soft", "hard"] = Field(
+        "soft", description="soft: train on mixtures of sizes; hard: on one size, gradient straight through."
+    )
+    lr: PositiveFloat = Field(1e-2, description="Peak learning rate of the router.")
+    loss_weight: Rate = Field(1.0, description="Weight of the budget loss (lambda).")
+    dead_zone: Rate = Field(0.0, description="Relative budget error that costs nothing.")
+    identity_weight: Rate = Field(
+        10.0, description="Weight of the pull towards full widths at the full budget (ratio 1)."
+    )
+    init_std: PositiveFloat = Field(0.1, description="Standard deviation of the initial weights.")

@@ -1,0 +1,57 @@
+"""`Recipe`, the one object that describes a run."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from elastic_megatron.recipe import checks
+from elastic_megatron.recipe.elastic import Budgets, Rank, Router, Space
+from elastic_megatron.recipe.model import Model
+from elastic_megatron.recipe.training import (
+    Checkpoint,
+    Data,
+    Log,
+    Loss,
+    Optimizer,
+    Parallel,
+    Stage,
+    Teacher,
+)
+from elastic_megatron.recipe.types import Count, FilePath, Name, Section, raise_any
+
+
+class Recipe(Section):
+    """A whole run. Immutable and free of torch; all paths are absolute."""
+
+    name: Name = Field(description="Name of the run.")
+    seed: Count = Field(1234, description="Seed of weights, data order, budget draws and router noise.")
+    model: Model = Field(description="The parent.")
+    data: Data = Field(Data(), description="Token streams.")
+    space: Space = Field(Space(), description="The widths that submodels may have.")
+    budgets: Budgets = Field({}, description="Submodel name -> the size it should have; empty: no router.")
+    rank: Rank = Field(Rank(), description="The calibration pass.")
+    router: Router = Field(Router(), description="The budget router.")
+    optimizer: Optimizer = Field(Optimizer(), description="AdamW and the learning-rate schedule.")
+    stages: tuple[Stage, ...] = Field((), description="The curriculum, in order.")
+    teacher: Teacher = Field(Teacher(), description="The frozen model that is distilled.")
+    loss: Loss = Field(Loss(), description="The training objective.")
+    parallel: Parallel = Field(Parallel(), description="Sizes of the parallel groups.")
+    checkpoint: Checkpoint = Field(Checkpoint(), description="When to save.")
+    log: Log = Field(Log(), description="When to report.")
+    run_dir: FilePath = Field(description="Folder for everything that the run writes.")
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Self:
+        raise_any(checks.run({name: getattr(self, name) for name in type(self).model_fields}))
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def budget_probabilities(self, stage: Stage) -> dict[str, float]:
+        """Probability of every budget in `stage`, in the order of `budgets`; they sum to 1 (or none)."""
+        if isinstance(stage.budget_probs, str):
+            return dict.fromkeys(self.budgets, 1 / max(1, len(self.budgets)))
+        return {name: stage.budget_probs.get(name, 0.0) for name in self.budgets}

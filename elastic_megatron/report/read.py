@@ -1,0 +1,133 @@
+"""A run folder as data. Everything is optional: what a run has not produced is simply absent."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from elastic_megatron.errors import UserError
+from elastic_megatron.report.ranking import Ranking, read_ranking
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Contents of one run folder; lines are sorted by step, and each step occurs once."""
+
+    title: str
+    report: Json = field(default_factory=dict)
+    steps: list[Json] = field(default_factory=list)
+    evals: list[Json] = field(default_factory=list)
+    routers: list[Json] = field(default_factory=list)
+    unreadable_lines: int = 0
+    ranking: Ranking | None = None
+    recipe: str | None = None
+
+    @property
+    def parent(self) -> Json:
+        return self.report.get("parent") or {}
+
+    @property
+    def submodels(self) -> dict[str, Json]:
+        """From ``report.json``, largest active size first."""
+        found = self.report.get("submodels") or {}
+        return dict(sorted(found.items(), key=lambda item: -(item[1].get("active_params") or 0)))
+
+    @property
+    def names(self) -> list[str]:
+        """Every submodel named anywhere in the run; the position of a name decides its colour."""
+        seen = dict.fromkeys(self.submodels)
+        for line in reversed(self.routers):
+            budgets = line.get("budgets") or {}
+            seen |= dict.fromkeys(sorted(budgets, key=lambda name: -(budgets[name].get("target") or 0)))
+        for line in self.evals:
+            seen |= dict.fromkeys(line.get("submodels") or {})
+        for line in self.steps:
+            seen |= dict.fromkeys([] if (name := budget_of(line)) is None else [name])
+        return list(seen)
+
+    @property
+    def loss_unit(self) -> str:
+        return (self.report.get("data") or {}).get("unit") or "nats per token"
+
+
+def budget_of(step: Json) -> str | None:
+    """The budget a step trained; None where its micro-batches drew several, or where none is logged."""
+    budget = step.get("budget")
+    if isinstance(budget, dict):
+        return next(iter(budget)) if len(budget) == 1 else None
+    return budget
+
+
+def finite(value: Any) -> bool:
+    """True for a number that can be drawn; None, NaN and infinities cannot."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_run(run_dir: Path, report_json: Path | None = None) -> RunData:
+    """Read ``run_dir``; ``report_json`` defaults to the one inside it.
+
+    Raises `UserError` if the folder does not exist, holds nothing to show, or holds JSON that is not
+    an object. A line of ``metrics.jsonl`` that does not parse (a run killed while writing) is counted
+    and left out; a step logged twice (a resumed run) keeps its last line.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"run folder {run_dir} does not exist; give the run_dir of a recipe that was run")
+    if report_json is not None and not report_json.is_file():
+        raise UserError(f"{report_json} does not exist; leave it out to use {run_dir / 'report.json'}")
+    report = _read_object(report_json or run_dir / "report.json")
+    lines, unreadable = _read_lines(run_dir / "metrics.jsonl")
+    ranking = read_ranking(run_dir / "ranking.safetensors")
+    if not report and not lines and ranking is None:
+        raise UserError(
+            f"{run_dir} has no metrics.jsonl, report.json or ranking.safetensors; give the run_dir of a run"
+        )
+    recipe = run_dir / "recipe.yaml"
+    return RunData(
+        title=str(report.get("name") or run_dir.resolve().name),
+        report=report,
+        steps=_by_step(line for line in lines if "step" in line),
+        evals=_by_step(line["eval"] for line in lines if isinstance(line.get("eval"), dict)),
+        routers=_by_step(line["router"] for line in lines if isinstance(line.get("router"), dict)),
+        unreadable_lines=unreadable,
+        ranking=ranking,
+        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+    )
+
+
+def _read_object(path: Path) -> Json:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); delete or rewrite it") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must hold one JSON object, found a {type(found).__name__}; rewrite it")
+    return found
+
+
+def _read_lines(path: Path) -> tuple[list[Json], int]:
+    lines: list[Json] = []
+    unreadable = 0
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if not text.strip():
+                continue
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                line = None
+            if isinstance(line, dict):
+                lines.append(line)
+            else:
+                unreadable += 1
+    return lines, unreadable
+
+
+def _by_step(lines: Iterator[Json]) -> list[Json]:
+    latest = {line.get("step", 0): line for line in lines}
+    return [latest[step] for step in sorted(latest)]

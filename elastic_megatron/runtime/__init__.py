@@ -1,0 +1,24 @@
+"""What a training process needs before its first model: device, process groups, seeds, layer specs.
+
+This package is the only place that knows about CUDA.  With a GPU it starts NCCL and patches nothing;
+without one it starts gloo and installs the adaptations of :mod:`.cpu`, so that the same Megatron code
+runs on a laptop.  Importing it costs torch; Megatron is imported inside the functions.
+"""
+
+from elastic_megatron.runtime.config import transformer_config_defaults
+from elastic_megatron.runtime.cpu import ADAPTATIONS, adapt
+from elastic_megatron.runtime.device import Runtime, groups, start, stop
+from elastic_megatron.runtime.layout import one_optimizer_layout
+from elastic_megatron.runtime.specs import hybrid_stack_spec
+
+__all__ = [
+    "ADAPTATIONS",
+    "Runtime",
+    "adapt",
+    "groups",
+    "hybrid_stack_spec",
+    "one_optimizer_layout",
+    "start",
+    "stop",
+    "transformer_config_defaults",
+]

@@ -1,0 +1,181 @@
+"""Device, process groups and seeds of a training process."""
+
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from elastic_megatron.errors import UserError
+from elastic_megatron.runtime.cpu import adapt
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process computes and which of how many it is."""
+
+    device: torch.device
+    backend: str
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    tensor: int
+    pipeline: int
+    virtual_pipeline: int | None
+    context: int
+    expert: int
+    expert_tensor: int
+
+
+_running: tuple[Runtime, _Sizes] | None = None
+
+
+def start(
+    *,
+    seed: int = 1234,
+    tensor: int = 1,
+    sequence: bool = False,
+    pipeline: int = 1,
+    virtual_pipeline: int | None = None,
+    context: int = 1,
+    expert: int = 1,
+    expert_tensor: int | None = None,
+    init_timeout_seconds: float = 600.0,
+) -> Runtime:
+    """Start (or keep) the process groups of Megatron-Core with these parallel sizes, and seed all generators.
+
+    Rank and world size come from torchrun's environment (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``,
+    ``MASTER_ADDR``, ``MASTER_PORT``); without it the process is a world of its own and opens no port.
+    ``init_timeout_seconds`` bounds the rendezvous and every later collective.  Calling it again with the
+    same sizes returns the same ``Runtime`` and seeds again; with other sizes, the model-parallel
+    groups are made anew, which every rank must do together.
+
+    Raises ``UserError`` if the sizes do not divide the world.
+    """
+    global _running
+    sizes = _Sizes(tensor, pipeline, virtual_pipeline, context, expert, expert_tensor or tensor)
+    _check(sizes, sequence, int(os.environ.get("WORLD_SIZE", "1")))
+    if _running is not None and _running[1] == sizes:
+        _seed(seed)
+        return _running[0]
+    from_cuda = torch.cuda.is_available()
+    if from_cuda and sequence:
+        # One hardware queue keeps the order of kernels, which overlapped sequence-parallel
+        # communication relies on; it must be set before CUDA starts.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if not from_cuda:
+        adapt()
+        # Soft router masks decay into denormals, which slow GEMMs up to 3.5 times.  The flag is per
+        # thread and inherited at thread creation, so it must precede the first parallel operation.
+        torch.set_flush_denormal(True)
+    runtime = _init_distributed(from_cuda, init_timeout_seconds)
+    _init_model_parallel(sizes, init_timeout_seconds)
+    _running = (runtime, sizes)
+    _seed(seed)
+    return runtime
+
+
+def stop() -> None:
+    """Destroy the model-parallel and the default process groups; ``start`` may follow."""
+    global _running
+    _running = None
+    if not torch.distributed.is_initialized():
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+def groups() -> "ProcessGroupCollection":
+    """The process groups of the running layout, as Megatron modules take them.  Needs ``start`` first."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def _check(sizes: _Sizes, sequence: bool, world: int) -> None:
+    model = sizes.tensor * sizes.pipeline * sizes.context
+    if world % model:
+        raise UserError(
+            f"parallel: tensor {sizes.tensor} x pipeline {sizes.pipeline} x context {sizes.context} = {model} "
+            f"does not divide the {world} started processes; start a multiple of {model} or shrink parallel"
+        )
+    expert = sizes.expert_tensor * sizes.expert * sizes.pipeline
+    if world % expert:
+        raise UserError(
+            f"parallel: expert_tensor {sizes.expert_tensor} x expert {sizes.expert} x pipeline {sizes.pipeline} "
+            f"= {expert} does not divide the {world} started processes; start a multiple of {expert}"
+        )
+    if sequence and sizes.tensor == 1:
+        raise UserError("parallel: sequence = true needs tensor > 1; remove it or raise parallel.tensor")
+    if sizes.virtual_pipeline is not None and sizes.pipeline == 1:
+        raise UserError("parallel: virtual_pipeline needs pipeline > 1; remove it or raise parallel.pipeline")
+
+
+def _init_distributed(from_cuda: bool, timeout: float) -> Runtime:
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if from_cuda else torch.device("cpu")
+    if from_cuda:
+        torch.cuda.set_device(device)
+    backend = "nccl" if from_cuda else "gloo"
+    if not torch.distributed.is_initialized():
+        arguments = {"backend": backend, "timeout": timedelta(seconds=timeout)}
+        if from_cuda:
+            arguments["device_id"] = device
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            # A store in this process needs no port, so two runs on one machine cannot collide.
+            torch.distributed.init_process_group(
+                store=torch.distributed.HashStore(), rank=0, world_size=1, **arguments
+            )
+        else:
+            _need_rendezvous()
+            torch.distributed.init_process_group(**arguments)
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return Runtime(device, backend, rank, world, local_rank)
+
+
+def _need_rendezvous() -> None:
+    missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(missing)} not set; launch with torchrun"
+        )
+
+
+def _init_model_parallel(sizes: _Sizes, timeout: float) -> None:
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tensor,
+        pipeline_model_parallel_size=sizes.pipeline,
+        virtual_pipeline_model_parallel_size=sizes.virtual_pipeline,
+        context_parallel_size=sizes.context,
+        expert_model_parallel_size=sizes.expert,
+        expert_tensor_parallel_size=sizes.expert_tensor,
+        distributed_timeout_minutes=max(1, round(timeout / 60)),
+    )
+
+
+def _seed(seed: int) -> None:
+    """As ``megatron.training``: pipeline stages differ, everything else draws alike."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)

@@ -1,0 +1,56 @@
+"""A submodel: integers per axis, one for the whole model or one per layer of the owning type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+Width = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SubmodelSpec:
+    """Widths of the elastic axes, hashable and comparable: ``a <= b`` where a is nested in b.
+
+    A tuple holds one width per *parent* layer of the axis' type, in model order, dropped layers included.
+    Axes that are not mentioned are at the parent's full size.
+    """
+
+    widths: tuple[tuple[str, Width], ...] = ()
+
+    @classmethod
+    def of(cls, widths: Mapping[str, Width | list[int]]) -> SubmodelSpec:
+        freeze = {a: tuple(w) if isinstance(w, list | tuple) else int(w) for a, w in widths.items()}
+        return cls(tuple(sorted(freeze.items())))
+
+    def __getitem__(self, axis: str) -> Width:
+        return dict(self.widths)[axis]
+
+    def __contains__(self, axis: str) -> bool:
+        return any(a == axis for a, _ in self.widths)
+
+    def __iter__(self) -> Iterator[str]:
+        return (a for a, _ in self.widths)
+
+    def at(self, axis: str, position: int) -> int:
+        """Width of ``axis`` in the ``position``-th layer of its type."""
+        width = self[axis]
+        return width[position] if isinstance(width, tuple) else width
+
+    def __le__(self, other: SubmodelSpec) -> bool:
+        if set(self) != set(other):
+            return False
+        for axis in self:
+            mine, theirs = self[axis], other[axis]
+            length = max(len(w) if isinstance(w, tuple) else 1 for w in (mine, theirs))
+            if any(self.at(axis, i) > other.at(axis, i) for i in range(length)):
+                return False
+        return True
+
+    @property
+    def heterogeneous(self) -> tuple[str, ...]:
+        """Axes whose width really differs between layers."""
+        return tuple(a for a, w in self.widths if isinstance(w, tuple) and len(set(w)) > 1)
+
+    def to_dict(self) -> dict[str, int | list[int]]:
+        return {a: list(w) if isinstance(w, tuple) else w for a, w in self.widths}
