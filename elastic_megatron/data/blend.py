@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import DType
 from torch.utils.data import Dataset
 
 from elastic_megatron.errors import UserError
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+
+_INDEX_HEADER = struct.Struct("<9sQBQQ")
 
 _DIGEST_WHOLE_BYTES = 16 << 20
 _DIGEST_BLOCKS = 64
@@ -46,7 +50,7 @@ def build_dataset(
     seed: int,
     cache_dir: str | Path,
     tokenizer_eod: int,
-) -> Dataset:
+) -> GPTDataset | BlendedDataset:
     """At least ``num_samples`` samples of ``seq_length`` tokens from prefixes mixed by weight.
 
     ``blend`` holds (weight, prefix) pairs; weights need not sum to one. Documents are concatenated and
@@ -63,7 +67,6 @@ def build_dataset(
     for weight, prefix in blend:
         if not (math.isfinite(weight) and weight > 0):
             raise UserError(f"data.blend: weight {weight} of {prefix} is not positive; remove the entry")
-        _check_prefix(prefix)
     prefixes = [prefix for _, prefix in blend]
     config = GPTDatasetConfig(
         random_seed=seed,
@@ -80,7 +83,7 @@ def build_dataset(
         mid_level_dataset_surplus=0.005 + 2 * len(blend) / num_samples,
     )
     train, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, config).build()
-    assert isinstance(train, Dataset)
+    assert isinstance(train, (GPTDataset, BlendedDataset))
     return train
 
 
@@ -91,17 +94,35 @@ def _check_prefix(prefix: str) -> None:
                 f"data set {prefix}: {prefix}{suffix} is missing; write it by: "
                 f"elastic-megatron prepare-data INPUT --output {prefix} --tokenizer DIR"
             )
-    if Path(f"{prefix}.bin").stat().st_size == 0:
-        raise UserError(f"data set {prefix}: {prefix}.bin is empty; run prepare-data again")
-    try:
-        index = IndexedDataset(prefix).index
-        end = int(index.sequence_pointers[-1]) + int(index.sequence_lengths[-1]) * index.dtype_size
-    except Exception as error:  # asserts on the header, numpy errors on what follows it
-        raise UserError(
-            f"data set {prefix}: {prefix}.idx is not a Megatron index; run prepare-data again"
-        ) from error
-    if end != Path(f"{prefix}.bin").stat().st_size:
+    described = _described_bytes(Path(f"{prefix}.idx"))
+    if described is None:
+        raise UserError(f"data set {prefix}: {prefix}.idx is no Megatron index; run prepare-data again")
+    if described == 0:
+        raise UserError(f"data set {prefix}: holds no tokens; run prepare-data again with more input")
+    if described != Path(f"{prefix}.bin").stat().st_size:
         raise UserError(f"data set {prefix}: .bin and .idx do not belong together; run prepare-data again")
+
+
+def _described_bytes(idx: Path) -> int | None:
+    """Size of the .bin that an index describes: where its last sequence ends. None if it is no index.
+
+    Layout (``_IndexWriter`` in ``megatron/core/datasets/indexed_dataset.py``): magic, version, dtype code,
+    number n of sequences, number of documents; then n lengths (int32) and n byte offsets (int64).
+    """
+    with idx.open("rb") as stream:
+        header = stream.read(_INDEX_HEADER.size)
+        if len(header) < _INDEX_HEADER.size:
+            return None
+        magic, version, code, sequences, documents = _INDEX_HEADER.unpack(header)
+        known = magic == b"MMIDIDX\x00\x00" and version == 1 and code in [dtype.value for dtype in DType]
+        if not known or idx.stat().st_size < _INDEX_HEADER.size + 12 * sequences + 8 * documents:
+            return None
+        if sequences == 0:
+            return 0
+        stream.seek(_INDEX_HEADER.size + 4 * (sequences - 1))
+        length = int.from_bytes(stream.read(4), "little")
+        stream.seek(_INDEX_HEADER.size + 4 * sequences + 8 * (sequences - 1))
+        return int.from_bytes(stream.read(8), "little") + length * DType.size(code)
 
 
 def sample_indices(

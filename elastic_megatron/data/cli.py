@@ -66,7 +66,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.tokenizer == "bytes":
         tokenizer_dir = Path(f"{args.output}_tokenizer")
         byte_tokenizer().save_pretrained(tokenizer_dir)
-    options = dict(json_key=args.json_key, append_eos=not args.no_eos, chat=args.chat)
+    options: dict[str, Any] = {
+        "json_key": args.json_key,
+        "append_eos": not args.no_eos,
+        "chat": args.chat,
+    }
     with _progress(args.inputs) as progress:
         options["progress"] = progress
         if args.valid_fraction is None:

@@ -194,7 +194,8 @@ class _Writer:
     def add(self, ids: np.ndarray) -> None:
         if not ids.size:
             return
-        self._builder.add_document(torch.from_numpy(ids), [ids.size])
+        self._builder.add_item(torch.from_numpy(ids))
+        self._builder.end_document()
         self._sha256.update(ids.astype(self._dtype).tobytes())
         self._documents += 1
         self._tokens += ids.size
@@ -221,6 +222,6 @@ class _Writer:
 
     def discard(self) -> None:
         """Remove what was not published; nothing after ``publish``."""
-        self._builder.data_file.close()
+        self._builder.data_file.close()  # pyright: ignore[reportAttributeAccessIssue]
         for suffix in (".bin", ".idx"):
             Path(f"{self._temporary}{suffix}").unlink(missing_ok=True)

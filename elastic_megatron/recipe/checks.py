@@ -5,13 +5,13 @@ section is broken: a user then sees every problem in one go.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 from elastic_megatron.recipe.elastic import Budgets, Space
-from elastic_megatron.recipe.messages import did_you_mean
 from elastic_megatron.recipe.model import Model
 from elastic_megatron.recipe.training import Loss, Optimizer, Parallel, Stage, Teacher
-from elastic_megatron.recipe.types import Problem
+from elastic_megatron.recipe.types import Problem, did_you_mean
 
 
 def _budgets_need_choices(budgets: Budgets, space: Space) -> Iterator[Problem]:
@@ -70,10 +70,8 @@ def _parallel_switches(parallel: Parallel) -> Iterator[Problem]:
         yield Problem(("parallel", "virtual_pipeline"), "needs parallel.pipeline above 1")
 
 
-def _world_size(parallel: Parallel, stages: tuple[Stage, ...]) -> Iterator[Problem]:
+def _world_size(parallel: Parallel) -> Iterator[Problem]:
     world = parallel.world_size
-    if world is None:
-        return
     dense = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "context": parallel.context}
     experts = {
         "expert_tensor": parallel.expert_tensor or parallel.tensor,
@@ -81,22 +79,22 @@ def _world_size(parallel: Parallel, stages: tuple[Stage, ...]) -> Iterator[Probl
         "pipeline": parallel.pipeline,
     }
     for sizes in (dense, experts):
-        product = 1
-        for size in sizes.values():
-            product *= size
-        if world % product:
+        product = math.prod(sizes.values())
+        if world is not None and world % product:
             shown = " x ".join(f"{name} {size}" for name, size in sizes.items())
             yield Problem(("parallel", "world_size"), f"{world} is not a multiple of {shown} = {product}")
-    yield from _batch_per_rank(world // (parallel.tensor * parallel.pipeline * parallel.context), stages)
 
 
-def _batch_per_rank(data_parallel: int, stages: tuple[Stage, ...]) -> Iterator[Problem]:
+def _batch_per_rank(parallel: Parallel, stages: tuple[Stage, ...]) -> Iterator[Problem]:
+    replicas, rest = divmod(parallel.world_size or 0, parallel.tensor * parallel.pipeline * parallel.context)
+    if not replicas or rest:
+        return
     for index, stage in enumerate(stages):
-        per_pass = stage.micro_batch_size * data_parallel
-        if per_pass and stage.global_batch_size % per_pass:
+        per_pass = stage.micro_batch_size * replicas
+        if stage.global_batch_size % per_pass:
             text = (
                 f"{stage.global_batch_size} is not a multiple of micro_batch_size {stage.micro_batch_size} "
-                f"x {data_parallel} data-parallel ranks = {per_pass}"
+                f"x {replicas} data-parallel ranks = {per_pass}"
             )
             yield Problem(("stages", index, "global_batch_size"), text)
 
@@ -110,6 +108,7 @@ _CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     _topk,
     _parallel_switches,
     _world_size,
+    _batch_per_rank,
 )
 
 

@@ -26,15 +26,19 @@ class Space(Section):
     """The widths that submodels may have. Legality against the model is checked by `elastic_megatron.space`."""
 
     choices: dict[Axis, tuple[Positive, ...]] = Field(
-        {}, description="Axis -> the sizes it may take; axes not named stay at the parent's size."
+        default={}, description="Axis -> the sizes it may take; axes not named stay at the parent's size."
     )
     lanes: dict[Axis, Positive] = Field(
-        {}, description="Axis -> equal blocks its sorted components are dealt to (a multiple of TP or EP)."
+        default={},
+        description="Axis -> equal blocks its sorted components are dealt to (a multiple of TP or EP).",
     )
     granule: dict[Axis, Positive] = Field(
-        {}, description="Axis -> every size must be a multiple of this (quantisation block, kernel tile)."
+        default={},
+        description="Axis -> every size must be a multiple of this (quantisation block, kernel tile).",
     )
-    per_layer: tuple[Axis, ...] = Field((), description="Axes whose size may differ from layer to layer.")
+    per_layer: tuple[Axis, ...] = Field(
+        default=(), description="Axes whose size may differ from layer to layer."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -69,7 +73,7 @@ class BudgetBase(Section):
 
     target: PositiveFloat = Field(description="The size that the submodel should have, in `unit`.")
     unit: Literal["ratio", "absolute"] = Field(
-        "ratio",
+        default="ratio",
         description="ratio: fraction of the parent; absolute: parameters, bytes, or the table's time unit.",
     )
 
@@ -93,9 +97,11 @@ class MemoryBudget(BudgetBase):
     """Bytes resident while decoding: weights, KV cache and SSM state."""
 
     metric: Literal["memory_bytes"] = Field(description="Bytes resident while decoding.")
-    format: Literal["bf16", "fp8", "nvfp4"] = Field("bf16", description="Format of the deployed weights.")
+    format: Literal["bf16", "fp8", "nvfp4"] = Field(
+        default="bf16", description="Format of the deployed weights."
+    )
     sequence_length: Positive = Field(description="Tokens in each sequence's cache.")
-    batch_size: Positive = Field(1, description="Sequences decoded together.")
+    batch_size: Positive = Field(default=1, description="Sequences decoded together.")
 
 
 class LatencyBudget(BudgetBase):
@@ -112,39 +118,39 @@ Budgets = dict[Key, Budget]
 class Rank(Section):
     """The calibration pass that scores every component."""
 
-    samples: Positive = Field(1024, description="Calibration sequences.")
-    seq_length: Positive = Field(8192, description="Tokens per calibration sequence.")
-    micro_batch_size: Positive = Field(1, description="Sequences per forward pass.")
-    depth: Switch = Field(False, description="Rank layers too: one further pass per layer left out.")
+    samples: Positive = Field(default=1024, description="Calibration sequences.")
+    seq_length: Positive = Field(default=8192, description="Tokens per calibration sequence.")
+    micro_batch_size: Positive = Field(default=1, description="Sequences per forward pass.")
+    depth: Switch = Field(default=False, description="Rank layers too: one further pass per layer left out.")
 
 
 class GumbelTau(Section):
     """Temperature of the Gumbel-softmax, linear over the run."""
 
-    start: PositiveFloat = Field(1.0, description="At the first step.")
-    end: PositiveFloat = Field(0.05, description="At the last step.")
+    start: PositiveFloat = Field(default=1.0, description="At the first step.")
+    end: PositiveFloat = Field(default=0.05, description="At the last step.")
 
 
 class LogitScale(Section):
     """Factor on the router's logits, linear over the run."""
 
-    start: PositiveFloat = Field(1.0, description="At the first step.")
-    end: PositiveFloat = Field(10.0, description="At the last step.")
+    start: PositiveFloat = Field(default=1.0, description="At the first step.")
+    end: PositiveFloat = Field(default=10.0, description="At the last step.")
 
 
 class Router(Section):
     """The budget router: one small network per axis, from the budget to probabilities over its sizes."""
 
-    inner_size: Positive = Field(256, description="Hidden width of each network.")
-    tau: GumbelTau = Field(GumbelTau(), description="Gumbel-softmax temperature.")
-    logit_scale: LogitScale = Field(LogitScale(), description="Factor on the logits.")
+    inner_size: Positive = Field(default=256, description="Hidden width of each network.")
+    tau: GumbelTau = Field(default=GumbelTau(), description="Gumbel-softmax temperature.")
+    logit_scale: LogitScale = Field(default=LogitScale(), description="Factor on the logits.")
     sampling: Literal["soft", "hard"] = Field(
-        "soft", description="soft: train on mixtures of sizes; hard: on one size, gradient straight through."
+        default="soft", description="soft: train on mixtures of sizes; hard: on one sampled size at a time."
     )
-    lr: PositiveFloat = Field(1e-2, description="Peak learning rate of the router.")
-    loss_weight: Rate = Field(1.0, description="Weight of the budget loss (lambda).")
-    dead_zone: Rate = Field(0.0, description="Relative budget error that costs nothing.")
+    lr: PositiveFloat = Field(default=1e-2, description="Peak learning rate of the router.")
+    loss_weight: Rate = Field(default=1.0, description="Weight of the budget loss (lambda).")
+    dead_zone: Rate = Field(default=0.0, description="Relative budget error that costs nothing.")
     identity_weight: Rate = Field(
-        10.0, description="Weight of the pull towards full widths at the full budget (ratio 1)."
+        default=10.0, description="Weight of the pull towards full widths at the full budget (ratio 1)."
     )
-    init_std: PositiveFloat = Field(0.1, description="Standard deviation of the initial weights.")
+    init_std: PositiveFloat = Field(default=0.1, description="Standard deviation of the initial weights.")

@@ -34,28 +34,30 @@ class Sizes(Section):
     )
     hidden_size: Positive = Field(description="Width of the residual stream.")
     vocab_size: Positive = Field(description="Entries of the embedding and of the output layer.")
-    ffn_hidden_size: Count = Field(0, description="Width of the dense FFN (-).")
-    moe_ffn_hidden_size: Count = Field(0, description="Width of one routed expert (E).")
+    ffn_hidden_size: Count = Field(default=0, description="Width of the dense FFN (-).")
+    moe_ffn_hidden_size: Count = Field(default=0, description="Width of one routed expert (E).")
     moe_shared_expert_intermediate_size: Count = Field(
-        0, description="Width of the shared expert (E); 0 for none."
+        default=0, description="Width of the shared expert (E); 0 for none."
     )
-    num_moe_experts: Count = Field(0, description="Routed experts per layer (E).")
-    moe_router_topk: Count = Field(0, description="Routed experts that each token visits (E).")
+    num_moe_experts: Count = Field(default=0, description="Routed experts per layer (E).")
+    moe_router_topk: Count = Field(default=0, description="Routed experts that each token visits (E).")
     moe_router_topk_scaling_factor: PositiveFloat = Field(
-        1.0, description="Factor on the renormalised expert weights (E)."
+        default=1.0, description="Factor on the renormalised expert weights (E)."
     )
-    mamba_num_heads: Count = Field(0, description="Mamba heads (M).")
-    mamba_head_dim: Count = Field(0, description="Channels per Mamba head (M).")
-    mamba_state_dim: Count = Field(0, description="Entries of the SSM state per channel (M).")
-    mamba_num_groups: Count = Field(0, description="Groups of Mamba heads that share B and C (M).")
-    num_attention_heads: Count = Field(0, description="Query heads (*).")
-    num_query_groups: Count = Field(0, description="Key-value heads (*).")
-    kv_channels: Count = Field(0, description="Channels per attention head (*).")
-    max_position_embeddings: Positive = Field(4096, description="Longest sequence, written to exports.")
-    layernorm_epsilon: PositiveFloat = Field(1e-5, description="Epsilon of every RMSNorm.")
-    tie_embeddings: Switch = Field(False, description="Share the embedding with the output layer.")
-    conv_kernel: Positive = Field(4, description="Width of Mamba's causal convolution (M).")
-    mamba_chunk_size: Positive = Field(128, description="Tokens per chunk of the SSD scan (M).")
+    mamba_num_heads: Count = Field(default=0, description="Mamba heads (M).")
+    mamba_head_dim: Count = Field(default=0, description="Channels per Mamba head (M).")
+    mamba_state_dim: Count = Field(default=0, description="Entries of the SSM state per channel (M).")
+    mamba_num_groups: Count = Field(default=0, description="Groups of Mamba heads that share B and C (M).")
+    num_attention_heads: Count = Field(default=0, description="Query heads (*).")
+    num_query_groups: Count = Field(default=0, description="Key-value heads (*).")
+    kv_channels: Count = Field(default=0, description="Channels per attention head (*).")
+    max_position_embeddings: Positive = Field(
+        default=4096, description="Longest sequence, written to exports."
+    )
+    layernorm_epsilon: PositiveFloat = Field(default=1e-5, description="Epsilon of every RMSNorm.")
+    tie_embeddings: Switch = Field(default=False, description="Share the embedding with the output layer.")
+    conv_kernel: Positive = Field(default=4, description="Width of Mamba's causal convolution (M).")
+    mamba_chunk_size: Positive = Field(default=128, description="Tokens per chunk of the SSD scan (M).")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -93,14 +95,20 @@ class Model(Section):
     """Where the parent comes from: exactly one of `hf`, `checkpoint`, `sizes`."""
 
     hf: FilePath | None = Field(
-        None, description="Directory of a Hugging Face nemotron_h model, or its config.json."
+        default=None, description="Directory of a Hugging Face nemotron_h model, or its config.json."
     )
     checkpoint: FilePath | None = Field(
-        None, description="Directory of Megatron checkpoints that elastic-megatron wrote."
+        default=None, description="Directory of Megatron checkpoints that elastic-megatron wrote."
     )
-    sizes: Sizes | None = Field(None, description="Dimensions of a model that starts from random weights.")
-    dtype: Literal["fp32", "bf16"] = Field("bf16", description="Number format of weights and activations.")
-    tokenizer: FilePath | None = Field(None, description="Directory of the tokenizer; default: that of `hf`.")
+    sizes: Sizes | None = Field(
+        default=None, description="Dimensions of a model that starts from random weights."
+    )
+    dtype: Literal["fp32", "bf16"] = Field(
+        default="bf16", description="Number format of weights and activations."
+    )
+    tokenizer: FilePath | None = Field(
+        default=None, description="Directory of the tokenizer; default: that of `hf`."
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

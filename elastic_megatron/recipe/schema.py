@@ -24,20 +24,24 @@ class Recipe(Section):
     """A whole run. Immutable and free of torch; all paths are absolute."""
 
     name: Name = Field(description="Name of the run.")
-    seed: Count = Field(1234, description="Seed of weights, data order, budget draws and router noise.")
+    seed: Count = Field(
+        default=1234, description="Seed of weights, data order, budget draws and router noise."
+    )
     model: Model = Field(description="The parent.")
-    data: Data = Field(Data(), description="Token streams.")
-    space: Space = Field(Space(), description="The widths that submodels may have.")
-    budgets: Budgets = Field({}, description="Submodel name -> the size it should have; empty: no router.")
-    rank: Rank = Field(Rank(), description="The calibration pass.")
-    router: Router = Field(Router(), description="The budget router.")
-    optimizer: Optimizer = Field(Optimizer(), description="AdamW and the learning-rate schedule.")
-    stages: tuple[Stage, ...] = Field((), description="The curriculum, in order.")
-    teacher: Teacher = Field(Teacher(), description="The frozen model that is distilled.")
-    loss: Loss = Field(Loss(), description="The training objective.")
-    parallel: Parallel = Field(Parallel(), description="Sizes of the parallel groups.")
-    checkpoint: Checkpoint = Field(Checkpoint(), description="When to save.")
-    log: Log = Field(Log(), description="When to report.")
+    data: Data = Field(default=Data(), description="Token streams.")
+    space: Space = Field(default=Space(), description="The widths that submodels may have.")
+    budgets: Budgets = Field(
+        default={}, description="Submodel name -> the size it should have; empty: no router."
+    )
+    rank: Rank = Field(default=Rank(), description="The calibration pass.")
+    router: Router = Field(default=Router(), description="The budget router.")
+    optimizer: Optimizer = Field(default=Optimizer(), description="AdamW and the learning-rate schedule.")
+    stages: tuple[Stage, ...] = Field(default=(), description="The curriculum, in order.")
+    teacher: Teacher = Field(default=Teacher(), description="The frozen model that is distilled.")
+    loss: Loss = Field(default=Loss(), description="The training objective.")
+    parallel: Parallel = Field(default=Parallel(), description="Sizes of the parallel groups.")
+    checkpoint: Checkpoint = Field(default=Checkpoint(), description="When to save.")
+    log: Log = Field(default=Log(), description="When to report.")
     run_dir: FilePath = Field(description="Folder for everything that the run writes.")
 
     @model_validator(mode="after")

@@ -31,27 +31,31 @@ class DataSource(Section):
 class Data(Section):
     """Token streams."""
 
-    train: tuple[DataSource, ...] = Field((), description="Blend to train and calibrate on.")
-    valid: tuple[DataSource, ...] = Field((), description="Blend to evaluate on; empty for no evaluation.")
-    cache: FilePath | None = Field(None, description="Directory for the sample indices of the blends.")
-    eval_text: FilePath | None = Field(None, description="Text file that `eval` scores.")
+    train: tuple[DataSource, ...] = Field(default=(), description="Blend to train and calibrate on.")
+    valid: tuple[DataSource, ...] = Field(
+        default=(), description="Blend to evaluate on; empty for no evaluation."
+    )
+    cache: FilePath | None = Field(
+        default=None, description="Directory for the sample indices of the blends."
+    )
+    eval_text: FilePath | None = Field(default=None, description="Text file that `eval` scores.")
 
 
 class Optimizer(Section):
     """AdamW and the learning-rate schedule."""
 
-    lr: PositiveFloat = Field(1e-4, description="Peak learning rate of the model.")
-    min_lr: Rate = Field(0.0, description="Learning rate at the end of the schedule.")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="Adam's decay rates.")
-    eps: PositiveFloat = Field(1e-8, description="Adam's epsilon.")
-    weight_decay: Rate = Field(0.0, description="Decoupled weight decay.")
-    clip_grad: Rate = Field(1.0, description="Largest gradient norm; 0 for no clipping.")
+    lr: PositiveFloat = Field(default=1e-4, description="Peak learning rate of the model.")
+    min_lr: Rate = Field(default=0.0, description="Learning rate at the end of the schedule.")
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="Adam's decay rates.")
+    eps: PositiveFloat = Field(default=1e-8, description="Adam's epsilon.")
+    weight_decay: Rate = Field(default=0.0, description="Decoupled weight decay.")
+    clip_grad: Rate = Field(default=1.0, description="Largest gradient norm; 0 for no clipping.")
     schedule: Literal["cosine", "wsd", "constant", "linear"] = Field(
-        "cosine", description="Shape of the decay; wsd: warm-up, stable, decay."
+        default="cosine", description="Shape of the decay; wsd: warm-up, stable, decay."
     )
-    warmup_steps: Count = Field(0, description="Steps of linear warm-up from 0.")
+    warmup_steps: Count = Field(default=0, description="Steps of linear warm-up from 0.")
     wsd_decay_fraction: Annotated[PositiveFloat, Field(le=1)] = Field(
-        0.2, description="Share of the steps that decay (schedule wsd)."
+        default=0.2, description="Share of the steps that decay (schedule wsd)."
     )
 
     @model_validator(mode="after")
@@ -81,11 +85,12 @@ class Stage(Section):
     tokens: Positive = Field(description="Tokens to train on, rounded up to whole steps; 100e9 is fine.")
     seq_length: Positive = Field(description="Tokens per sequence.")
     global_batch_size: Positive = Field(description="Sequences per step, over all ranks.")
-    micro_batch_size: Positive = Field(1, description="Sequences per forward pass of one rank.")
+    micro_batch_size: Positive = Field(default=1, description="Sequences per forward pass of one rank.")
     budget_probs: BudgetProbs = Field(
-        "uniform", description="Budget -> probability of being drawn for a micro-batch; left out means 0."
+        default="uniform",
+        description="Budget -> probability of being drawn for a micro-batch; left out means 0.",
     )
-    lr: PositiveFloat | None = Field(None, description="Peak learning rate; default: optimizer.lr.")
+    lr: PositiveFloat | None = Field(default=None, description="Peak learning rate; default: optimizer.lr.")
 
     @property
     def tokens_per_step(self) -> int:
@@ -103,9 +108,11 @@ class Stage(Section):
         if self.global_batch_size % self.micro_batch_size:
             text = f"{self.global_batch_size} is not a multiple of micro_batch_size = {self.micro_batch_size}"
             problems.append(Problem(("global_batch_size",), text))
-        if isinstance(self.budget_probs, dict) and abs(total := sum(self.budget_probs.values()) - 1) > 1e-6:
-            text = f"probabilities must sum to 1, but they sum to {total + 1:g}"
-            problems.append(Problem(("budget_probs",), text))
+        if isinstance(self.budget_probs, dict):
+            total = sum(self.budget_probs.values())
+            if abs(total - 1) > 1e-6:
+                text = f"probabilities must sum to 1, but they sum to {total:g}"
+                problems.append(Problem(("budget_probs",), text))
         raise_any(problems)
         return self
 
@@ -114,7 +121,7 @@ class Teacher(Section):
     """The frozen model that is distilled."""
 
     checkpoint: FilePath | None = Field(
-        None, description="Directory of the teacher's checkpoints; default: the parent itself."
+        default=None, description="Directory of the teacher's checkpoints; default: the parent itself."
     )
 
 
@@ -122,41 +129,43 @@ class Loss(Section):
     """The training objective."""
 
     kind: Literal["forward_kl", "reverse_kl", "cross_entropy"] = Field(
-        "forward_kl",
+        default="forward_kl",
         description="Distillation from the teacher (forward: KL(teacher || student)), or plain text.",
     )
-    temperature: PositiveFloat = Field(1.0, description="Softmax temperature of teacher and student.")
-    ce_weight: Rate = Field(0.0, description="Weight of an added cross-entropy on the text.")
+    temperature: PositiveFloat = Field(default=1.0, description="Softmax temperature of teacher and student.")
+    ce_weight: Rate = Field(default=0.0, description="Weight of an added cross-entropy on the text.")
 
 
 class Parallel(Section):
     """Sizes of the parallel groups."""
 
-    tensor: Positive = Field(1, description="Tensor-parallel ranks.")
-    sequence: Switch = Field(False, description="Shard activations along the sequence (needs tensor > 1).")
-    expert: Positive = Field(1, description="Expert-parallel ranks.")
+    tensor: Positive = Field(default=1, description="Tensor-parallel ranks.")
+    sequence: Switch = Field(
+        default=False, description="Shard activations along the sequence (needs tensor > 1)."
+    )
+    expert: Positive = Field(default=1, description="Expert-parallel ranks.")
     expert_tensor: Positive | None = Field(
-        None, description="Tensor-parallel ranks of the experts; default: tensor."
+        default=None, description="Tensor-parallel ranks of the experts; default: tensor."
     )
-    pipeline: Positive = Field(1, description="Pipeline stages.")
+    pipeline: Positive = Field(default=1, description="Pipeline stages.")
     virtual_pipeline: Positive | None = Field(
-        None, description="Model chunks per pipeline stage (needs pipeline > 1)."
+        default=None, description="Model chunks per pipeline stage (needs pipeline > 1)."
     )
-    context: Positive = Field(1, description="Context-parallel ranks.")
-    world_size: Positive | None = Field(None, description="Ranks of the job; default: as launched.")
+    context: Positive = Field(default=1, description="Context-parallel ranks.")
+    world_size: Positive | None = Field(default=None, description="Ranks of the job; default: as launched.")
 
 
 class Checkpoint(Section):
     """When to save."""
 
-    interval: Count = Field(0, description="Steps between checkpoints; 0: only at the end.")
-    keep_last: Positive = Field(2, description="Checkpoints to keep.")
+    interval: Count = Field(default=0, description="Steps between checkpoints; 0: only at the end.")
+    keep_last: Positive = Field(default=2, description="Checkpoints to keep.")
 
 
 class Log(Section):
     """When to report."""
 
-    interval: Positive = Field(10, description="Steps between log lines.")
-    eval_interval: Count = Field(0, description="Steps between evaluations; 0: only at the end.")
-    eval_tokens: Positive = Field(65536, description="Tokens per evaluation of one budget.")
-    tensorboard: Switch = Field(True, description="Write TensorBoard files.")
+    interval: Positive = Field(default=10, description="Steps between log lines.")
+    eval_interval: Count = Field(default=0, description="Steps between evaluations; 0: only at the end.")
+    eval_tokens: Positive = Field(default=65536, description="Tokens per evaluation of one budget.")
+    tensorboard: Switch = Field(default=True, description="Write TensorBoard files.")

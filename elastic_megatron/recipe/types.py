@@ -1,12 +1,14 @@
 """The scalar types of a recipe, and `Problem`, a complaint that knows which key it is about."""
 
+import difflib
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 Axis = Literal[
     "hidden_size",
@@ -40,7 +42,7 @@ class Text(str):
 
     base: Path
 
-    def __new__(cls, value: str, base: Path) -> "Text":
+    def __new__(cls, value: str, base: Path) -> Self:
         text = super().__new__(cls, value)
         text.base = base
         return text
@@ -59,10 +61,26 @@ def _integral(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _name_pattern(punctuation: str) -> str:
+    """Names that are safe in paths: letters, digits and `punctuation`, a letter or digit first."""
+    return rf"^[A-Za-z0-9][A-Za-z0-9{re.escape(punctuation)}]{{0,99}}$"
+
+
+def _name(pattern: str, allowed: str) -> Callable[[str], str]:
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            rule = f"use up to 100 letters, digits or {allowed}, the first a letter or digit"
+            raise ValueError(f"{value!r} is not a name: {rule}")
+        return value
+
+    return check
+
+
 FilePath = Annotated[Path, BeforeValidator(_absolute)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
-# Names that are keys too: a dot would be read as a step of a `key.key=value` override.
-Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
+_NAME, _KEY = _name_pattern("_-."), _name_pattern("_-")
+Name = Annotated[str, AfterValidator(_name(_NAME, "_ - .")), Field(json_schema_extra={"pattern": _NAME})]
+# A name that is also a key: a dot would be read as a step of a `key.key=value` override.
+Key = Annotated[str, AfterValidator(_name(_KEY, "_ -")), Field(json_schema_extra={"pattern": _KEY})]
 Switch = Annotated[bool, Strict()]
 
 # Strict, or pydantic would read `true` as 1 and '12' as 12.
@@ -105,3 +123,9 @@ def raise_any(problems: Iterable[Problem]) -> None:
 def show_path(at: Iterable[str | int]) -> str:
     """`("stages", 1, "lr")` as `stages[1].lr`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in at).removeprefix(".")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`, did you mean 'small'?` if one of `known` is close to `word`, else nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""

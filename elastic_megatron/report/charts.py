@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from elastic_megatron.report import svg
 from elastic_megatron.report.format import count
@@ -29,7 +29,8 @@ class Line:
 class LineChart:
     """Everything a line chart says. ``levels`` are horizontal lines, ``events`` vertical ones.
 
-    Both hold (position, label, CSS class). The y range fits lines and levels; faint lines may leave it.
+    Both hold (position, label, CSS class). The y range fits lines and levels; faint lines may leave it
+    (raw losses spike) unless ``fit_faint``.
     """
 
     key: str
@@ -42,11 +43,13 @@ class LineChart:
     levels: Sequence[tuple[float, str, str]] = ()
     events: Sequence[tuple[float, str, str]] = ()
     height: int = HEIGHT
-    marks: Sequence[str] = field(default_factory=tuple)
+    fit_faint: bool = False
 
     def frame(self) -> Frame:
         xs = [x for line in self.lines for x, _ in line.points]
         ys = [y for line in self.lines for _, y in line.points] + [y for y, _, _ in self.levels]
+        if self.fit_faint:
+            ys += [y for line in self.lines for _, y in line.faint]
         return Frame(
             Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT),
             Scale.around(ys, self.height - BOTTOM, TOP),
@@ -138,7 +141,7 @@ def pareto_chart(
     losses += [y for _, _, y in others] + ([parent[1]] if parent else [])
     height = HEIGHT + 40
     frame = Frame(
-        Scale.around(sizes, LEFT, WIDTH - RIGHT, 0.14), Scale.around(losses, height - BOTTOM, TOP, 0.1)
+        Scale.around(sizes, LEFT, WIDTH - RIGHT, 0.14), Scale.around(losses, height - BOTTOM, TOP, 0.16)
     )
     head = svg.element("path", d="M0 0L8 4L0 8z", class_="arrow-head")
     arrow = svg.element(
@@ -152,12 +155,12 @@ def pareto_chart(
         at = (frame.x(x), frame.y(y))
         body.append(svg.marker(1, at, 4.5, class_="mark hollow ink", data_tip=f"{name}: {y_format(y)}"))
         body.append(svg.text(name, at[0] + 9, at[1] + 4, class_="note halo"))
-    for candidate in candidates:
-        body += _candidate(frame, candidate, y_format)
     if parent:
         at = (frame.x(parent[0]), frame.y(parent[1]))
-        body.append(svg.marker(3, at, 7, class_="mark hollow parent", data_tip=f"parent: {y_format(parent[1])}"))
-        body.append(svg.text("parent", at[0], at[1] + 22, class_="note middle halo"))
+        body.append(svg.marker(3, at, 11, class_="mark hollow parent", data_tip=f"parent: {y_format(parent[1])}"))
+        body.append(svg.text("parent", at[0], at[1] + 28, class_="note middle halo"))
+    for candidate in candidates:
+        body += _candidate(frame, candidate, y_format)
     told = "; ".join(f"{c.name}: {count(c.size)} at {y_format(c.trained)}" for c in candidates)
     return svg.picture(body, WIDTH, height, f"{x_title} against {y_title}. {told}", class_="chart")
 
@@ -180,5 +183,5 @@ def _candidate(frame: Frame, c: Candidate, y_format: Callable[[float], str]) -> 
     body.append(svg.marker(c.shape, at, 6, class_=f"mark {c.colour}", data_tip=tip))
     late = at[0] > frame.x.end - 90
     side = "name end halo" if late else "name halo"
-    body.append(svg.text(c.name, at[0] + (-12 if late else 12), at[1] - 8, class_=side))
+    body.append(svg.text(c.name, at[0] + (-12 if late else 12), at[1] - 9, class_=side))
     return body

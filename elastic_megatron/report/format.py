@@ -1,6 +1,7 @@
 """Numbers and names as a person says them; the page, the plots and the terminal all speak this way."""
 
 import math
+import re
 
 AXIS_TITLES = {
     "hidden_size": "hidden size",
@@ -41,6 +42,11 @@ def significant(value: float, digits: int = 3) -> str:
         return f"{value:.{digits - 1}g}"
     decimals = digits - 1 - math.floor(math.log10(abs(value)))
     return f"{value:.{max(decimals, 0)}f}"
+
+
+def trimmed(shown: str) -> str:
+    """Without the zeros that end a decimal fraction: ``1.50 M`` → ``1.5 M``; for axis ticks."""
+    return re.sub(r"(\.\d*?)0+(?!\d)", r"\1", shown).replace(". ", " ").removesuffix(".")
 
 
 def size(n_bytes: float) -> str:

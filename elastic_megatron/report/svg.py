@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from elastic_megatron.report.format import trimmed
+
 Point = tuple[float, float]
 
 
@@ -90,10 +92,10 @@ class Frame:
         marks = []
         for value in nice_ticks(self.y.low, self.y.high):
             y = self.y(value)
-            marks.append(element("line", x1=left, x2=right, y1=y, y2=y, class_="grid"))
-            marks.append(text(y_format(value), left - 7, y, class_="tick y"))
-        for value in nice_ticks(self.x.low, self.x.high, 4) if x_ticks is None else x_ticks:
-            marks.append(text(x_format(value), self.x(value), bottom + 19, class_="tick x"))
+            marks.append(element("line", x1=left, x2=right, y1=y, y2=y, class_="gridline"))
+            marks.append(text(trimmed(y_format(value)), left - 7, y, class_="tick y"))
+        for value in nice_ticks(self.x.low, self.x.high) if x_ticks is None else x_ticks:
+            marks.append(text(trimmed(x_format(value)), self.x(value), bottom + 19, class_="tick x"))
         marks.append(element("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="axis"))
         marks.append(text(x_title, right, bottom + 39, class_="axis-title end"))
         marks.append(text(y_title, 2, top - 12, class_="axis-title"))

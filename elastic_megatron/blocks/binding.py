@@ -1,0 +1,142 @@
+"""Attach elasticity to a stock layer: hooks on its leaves that read the widths bound for this call.
+
+Leaves stay stock classes, so state-dict keys survive and ModelOpt still recognises them (it converts a
+subclass only where ``forward`` is not overridden; a pre-hook runs before its input quantiser). The hooks hold
+no state of their own: they read ``Binding.widths``, which the stack sets around one call of the layer, from
+tensors that recomputation passes as explicit arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from .widths import LayerWidths
+
+
+class Binding:
+    """The widths that one layer runs with during one call; ``None`` outside calls and for the plain parent."""
+
+    def __init__(self) -> None:
+        self.widths: LayerWidths | None = None
+
+    @contextmanager
+    def bound(self, widths: LayerWidths | None) -> Iterator[None]:
+        before, self.widths = self.widths, widths
+        try:
+            yield
+        finally:
+            self.widths = before
+
+    def get(self, field: str) -> Tensor | None:
+        return getattr(self.widths, field) if self.widths is not None else None
+
+
+def attach(layer: nn.Module, symbol: str) -> Binding:
+    """Install the hooks of one stock layer. Raises ``ValueError`` where a fused path would bypass a leaf."""
+    binding = Binding()
+    norm_scale(_input_norm(layer, symbol), binding, "hidden_scale")
+    if symbol == "M":
+        norm_scale(layer.mixer.norm, binding, "channel_scale")
+        mask_input(layer.mixer.norm, binding, "channels")
+        mask_output(layer.mixer.out_proj, binding, "write")
+        layer.mixer.bind(binding)
+    elif symbol == "*":
+        mask_input(layer.self_attention.linear_proj, binding, "channels")
+        mask_output(layer.self_attention.linear_proj, binding, "write")
+    elif symbol == "-":
+        _refuse_fused(layer.mlp)
+        mask_input(layer.mlp.linear_fc2, binding, "channels")
+        mask_output(layer.mlp.linear_fc2, binding, "write")
+    else:
+        for fc2 in _expert_outputs(layer.mlp.experts):
+            mask_input(fc2, binding, "channels")
+        if layer.mlp.shared_experts is not None:
+            mask_input(layer.mlp.shared_experts.linear_fc2, binding, "shared")
+        mask_output(layer.mlp, binding, "write")
+        layer.mlp.router.bind(binding)
+    return binding
+
+
+def mask_input(module: nn.Module, binding: Binding, field: str) -> None:
+    """Multiply a module's first argument by the mask, before any input quantiser."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        mask = binding.get(field)
+        return None if mask is None else (args[0] * mask.to(args[0].dtype), *args[1:])
+
+    module.register_forward_pre_hook(hook)
+
+
+def mask_output(module: nn.Module, binding: Binding, field: str) -> None:
+    """Multiply a module's output (the first of an ``(output, bias)`` pair) by the mask."""
+
+    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        mask = binding.get(field)
+        return None if mask is None else _scale_first(output, mask)
+
+    module.register_forward_hook(hook)
+
+
+def norm_scale(module: nn.Module, binding: Binding, field: str) -> None:
+    """RMSNorm over a masked width: input x s, output x 1/s (see ``widths.hidden_scale``).
+
+    ``module`` is a norm, or a linear with the norm fused into its input: no bias follows, so scaling its
+    output is the same.
+    """
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        s = binding.get(field)
+        return None if s is None else (args[0] * s, *args[1:])
+
+    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        s = binding.get(field)
+        return None if s is None else _scale_first(output, s.reciprocal())
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
+
+
+def _scale_first(output: Any, factor: Tensor) -> Any:
+    first, *rest = output if isinstance(output, tuple) else (output,)
+    # a 0-d factor keeps its own precision and does not promote; a mask is cast to the activation's type
+    first = first * (factor if factor.dim() == 0 else factor.to(first.dtype))
+    return (first, *rest) if isinstance(output, tuple) else first
+
+
+def _input_norm(layer: nn.Module, symbol: str) -> nn.Module:
+    """The module that normalises the layer's input: a norm of its own, or the linear it is fused into."""
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    norm, fused = {
+        "M": lambda: (layer.norm, layer.mixer.in_proj),
+        "*": lambda: (layer.input_layernorm, layer.self_attention.linear_qkv),
+        "E": lambda: (layer.pre_mlp_layernorm, None),
+        "-": lambda: (layer.pre_mlp_layernorm, layer.mlp.linear_fc1),
+    }[symbol]()
+    if not isinstance(norm, IdentityOp):
+        return norm
+    if fused is None or not hasattr(fused, "layer_norm_weight"):
+        raise ValueError(f"a {symbol!r} layer has no input norm that elastic widths could be scaled at")
+    return fused
+
+
+def _expert_outputs(experts: nn.Module) -> list[nn.Module]:
+    if hasattr(experts, "local_experts"):
+        for expert in experts.local_experts:
+            _refuse_fused(expert)
+        return [expert.linear_fc2 for expert in experts.local_experts]
+    _refuse_fused(experts)
+    return [experts.linear_fc2]
+
+
+def _refuse_fused(mlp: nn.Module) -> None:
+    """A fused MLP never calls its ``linear_fc2`` module, so no mask would be applied."""
+    if getattr(mlp, "_with_fused_impl", False) or getattr(mlp, "use_fused_mlp", False):
+        raise ValueError(
+            f"{type(mlp).__name__} runs a fused kernel that bypasses linear_fc2; build the model with "
+            "use_transformer_engine_op_fuser=False to make it elastic"
+        )

@@ -1,0 +1,127 @@
+"""The two stock classes whose mathematics has no leaf to hook: Mamba's convolution and the moe_router."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.ssm.mamba_context_parallel import MambaContextParallel
+from megatron.core.ssm.mamba_mixer import MambaMixer
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from .binding import Binding
+
+
+class _MaskedConv(MambaContextParallel):
+    """Hands out convolution parameters with the cut SSM states of C masked.
+
+    Weight and bias are both masked: silu(0) = 0, so a cut state of C is exactly zero after the convolution,
+    also inside the fused kernel.
+    """
+
+    binding: Binding
+
+    def get_conv1d_weight(self) -> Tensor:
+        return self._masked(self.conv1d_weight_cp1)
+
+    def get_conv1d_bias(self) -> Tensor:
+        return self._masked(self.conv1d_bias_cp1)
+
+    def _masked(self, param: Tensor) -> Tensor:
+        mask = self.binding.get("conv")
+        if mask is not None:
+            param = param * mask.to(param.dtype).view(-1, *([1] * (param.dim() - 1)))
+        return self._slice_conv_param(param)
+
+
+class ElasticMambaMixer(MambaMixer):
+    """``MambaMixer`` whose convolution parameters pass through the bound mask."""
+
+    def bind(self, binding: Binding) -> None:
+        masked = _MaskedConv.__new__(_MaskedConv)
+        masked.__dict__.update(self.cp.__dict__)
+        masked.binding = binding
+        self.cp = masked
+
+
+class ElasticTopKRouter(TopKRouter):
+    """``TopKRouter`` that knows which experts a micro-batch has.
+
+    With a keep-probability m per expert, ``log m`` is added to the logits: sigmoid and softmax scores, the
+    z-loss and the statistics of the auxiliary losses then see exactly the kept experts, m = 1 changes
+    nothing, m = 0 removes an expert, and in between the gradient reaches the budget router. Where m = 0 the
+    correction bias becomes -inf as well: a score of 0 would still win against kept experts whose
+    score + bias is negative.
+    """
+
+    binding: Binding | None = None
+
+    def bind(self, binding: Binding) -> None:
+        if self.routing_type in ("sinkhorn", "quantile_balancing") or self.config.moe_router_fusion:
+            raise ValueError(
+                f"moe_router_load_balancing_type={self.routing_type!r} (fused: "
+                f"{self.config.moe_router_fusion}) cannot leave experts out; use 'none', 'aux_loss' or "
+                "'seq_aux_loss' unfused"
+            )
+        if self.config.moe_router_num_groups:
+            raise ValueError("group-limited routing cannot be cut by experts; unset moe_router_num_groups")
+        self.binding = binding
+
+    def _kept(self) -> Tensor | None:
+        return self.binding.get("experts") if self.binding is not None else None
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> Any:
+        kept = self._kept()
+        if kept is None:
+            return super().routing(logits, padding_mask)
+        alive = kept > 0
+        tiny = torch.finfo(kept.dtype).tiny
+        log_kept = torch.where(alive, kept.clamp_min(tiny).log(), float("-inf"))
+        with self._bias_of(alive):
+            return super().routing(logits + log_kept.to(logits.dtype), padding_mask)
+
+    @contextmanager
+    def _bias_of(self, alive: Tensor) -> Iterator[None]:
+        """Shadow the ``expert_bias`` buffer for one call: ``__dict__`` is looked up before the buffers."""
+        if self.expert_bias is None:
+            yield
+            return
+        self.__dict__["expert_bias"] = torch.where(alive, self.expert_bias, float("-inf"))
+        try:
+            yield
+        finally:
+            del self.__dict__["expert_bias"]
+
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """Count tokens so that an expert absent from a micro-batch is neither over- nor underloaded.
+
+        The update rule compares each count with the mean over all experts. Adding to each count its deficit
+        against the mean, ``total / E - expected``, with ``expected`` the fair share among the experts that
+        were present, turns that comparison into count against fair share and stays additive over
+        micro-batches.
+        """
+        kept = self._kept()
+        super()._apply_expert_bias(routing_map, padding_mask)
+        if kept is None or not (self.enable_expert_bias and torch.is_grad_enabled()):
+            return
+        with torch.no_grad():
+            if padding_mask is not None:
+                routing_map = routing_map & (~padding_mask)
+            total = routing_map.sum().to(self.local_tokens_per_expert.dtype)
+            present = (kept > 0).to(self.local_tokens_per_expert.dtype)
+            self.local_tokens_per_expert += total / present.numel() - total * present / present.sum()
+
+    def attach_and_log_load_balancing_loss(
+        self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The loss is E * sum(f * P): E becomes the number of kept experts, and a dropped layer has none."""
+        kept = self._kept()
+        if kept is not None:
+            aux_loss = aux_loss * (kept.detach().sum() / kept.numel())
+        keep = self.binding.get("keep") if self.binding is not None else None
+        if keep is not None:
+            aux_loss = aux_loss * keep.detach()
+        return super().attach_and_log_load_balancing_loss(activation, aux_loss_coeff, aux_loss, *args, **kwargs)

@@ -1,0 +1,108 @@
+"""What one layer needs to know of a mix: its masks and the scales of its norms.
+
+A component is masked once, where it would otherwise mix with others (design, section 5): what a layer writes
+to the residual stream; the gated norm for Mamba heads and their channels; C's convolution for SSM states;
+the input of ``linear_proj`` for query heads and of ``linear_fc2`` for feed-forward channels; the selection
+score for experts. ``None`` means that the axis is not elastic and nothing is multiplied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops.mix import SubmodelMix
+
+
+@dataclass(frozen=True)
+class LayerWidths:
+    """Masks of one layer for one micro-batch.
+
+    Args:
+        hidden_scale: 0-d, s = sqrt(d / d') of the input norm.
+        write: [hidden_size], multiplies what the layer adds to the residual stream; the probability that the
+            layer runs is part of it.
+        channels: mask of the block's inner width in stored order (Mamba heads x channels, query heads x
+            ``kv_channels``, or feed-forward channels).
+        channel_scale: 0-d, s of Mamba's gated norm, equal in every group since lanes cut groups evenly.
+        conv: [convolution channels], ones but for the masked SSM states of C.
+        shared: mask of the shared expert's channels.
+        experts: [num_moe_experts], how much of each routed expert is kept.
+        keep: 0-d, probability that the layer runs.
+    """
+
+    hidden_scale: Tensor | None = None
+    write: Tensor | None = None
+    channels: Tensor | None = None
+    channel_scale: Tensor | None = None
+    conv: Tensor | None = None
+    shared: Tensor | None = None
+    experts: Tensor | None = None
+    keep: Tensor | None = None
+
+
+def hidden_scale(mix: SubmodelMix) -> Tensor | None:
+    """s = sqrt(d / d'): a norm over d channels of s * x, times 1 / s, is the norm over the d' kept ones.
+
+    mean_d((s x)^2) = s^2 / d * sum x^2 = mean_d'(x^2), so epsilon keeps its meaning: exact, no surgery.
+    """
+    if "hidden_size" not in mix.probs:
+        return None
+    return (mix.space.parent.hidden_size / mix.width("hidden_size")).sqrt()
+
+
+def layer_widths(mix: SubmodelMix, layer: int) -> LayerWidths:
+    """The widths of one layer of the parent (global index)."""
+    parent = mix.space.parent
+    symbol = parent.hybrid_layer_pattern[layer]
+    position = parent.layers_of(symbol).index(layer)
+    hidden = mix.mask("hidden_size") if "hidden_size" in mix.probs else None
+    keep = mix.keep(layer)
+    write = hidden if keep is None else keep if hidden is None else hidden * keep
+    common = {"hidden_scale": hidden_scale(mix), "write": write, "keep": keep}
+    if symbol == "M":
+        return LayerWidths(**common, **_mamba(mix, position))
+    if symbol == "*":
+        heads = _mask(mix, "num_attention_heads", position)
+        return LayerWidths(
+            **common, channels=None if heads is None else heads.repeat_interleave(parent.kv_channels)
+        )
+    if symbol == "-":
+        return LayerWidths(**common, channels=_mask(mix, "ffn_hidden_size", position))
+    return LayerWidths(
+        **common,
+        channels=_mask(mix, "moe_ffn_hidden_size", position),
+        shared=_mask(mix, "moe_shared_expert_intermediate_size", position),
+        experts=_mask(mix, "num_moe_experts", position),
+    )
+
+
+def _mask(mix: SubmodelMix, axis: str, position: int) -> Tensor | None:
+    return mix.mask(axis, position) if axis in mix.probs else None
+
+
+def _mamba(mix: SubmodelMix, position: int) -> dict[str, Tensor | None]:
+    parent = mix.space.parent
+    heads = _mask(mix, "mamba_num_heads", position)
+    dims = _mask(mix, "mamba_head_dim", position)
+    states = _mask(mix, "mamba_state_dim", position)
+    out: dict[str, Tensor | None] = {}
+    if heads is not None or dims is not None:
+        like = mix.tensors()[0]
+        ones = torch.ones(1, device=like.device, dtype=like.dtype)
+        rows = heads if heads is not None else ones.expand(parent.mamba_num_heads)
+        cols = dims if dims is not None else ones.expand(parent.mamba_head_dim)
+        out["channels"] = torch.outer(rows, cols).flatten()
+        share = ones[0]
+        if heads is not None:
+            share = share * mix.width("mamba_num_heads", position) / parent.mamba_num_heads
+        if dims is not None:
+            share = share * mix.width("mamba_head_dim", position) / parent.mamba_head_dim
+        out["channel_scale"] = share.rsqrt()
+    if states is not None:
+        inner = parent.mamba_num_heads * parent.mamba_head_dim
+        state_rows = parent.mamba_num_groups * parent.mamba_state_dim
+        out["conv"] = torch.cat([states.new_ones(inner + state_rows), states.repeat(parent.mamba_num_groups)])
+    return out

@@ -1,0 +1,1 @@
+"""Floor 4: sorting, slicing, saving and converting models."""

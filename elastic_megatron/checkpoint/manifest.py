@@ -1,0 +1,97 @@
+"""What a checkpoint knows about itself besides its weights: ``elastic.json`` and the Hugging Face side files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..space import Budget, ElasticSpace, ParentShape, SubmodelSpec
+
+FILE = "elastic.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Description of a checkpoint; ``elastic.json`` beside the shards and ``elastic_config.json`` in exports.
+
+    Args:
+        shape: the model the weights belong to.
+        space: choices and stored order; ``None`` for a model that is not elastic.
+        budgets, submodels: the trained family, by name.
+        ranking: digest of the ranking that sorted the weights; ``None`` for unsorted ones.
+        hf_config: the parent's ``config.json``, from which exports are derived.
+        versions: package versions that wrote the file.
+    """
+
+    shape: ParentShape
+    space: ElasticSpace | None = None
+    budgets: tuple[Budget, ...] = ()
+    submodels: Mapping[str, SubmodelSpec] = field(default_factory=dict)
+    ranking: str | None = None
+    hf_config: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def submodel(self, name: str) -> SubmodelSpec:
+        """A submodel by name. Raises ``UserError`` listing the known names."""
+        if name not in self.submodels:
+            known = ", ".join(self.submodels) or "none: the checkpoint is not elastic"
+            raise UserError(f"unknown submodel {name!r}; this checkpoint has {known}")
+        return self.submodels[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "shape": self.shape.to_dict(),
+            "space": self.space.to_dict() if self.space else None,
+            "budgets": [b.to_dict() for b in self.budgets],
+            "submodels": {n: s.to_dict() for n, s in self.submodels.items()},
+            "ranking": self.ranking,
+            "hf_config": dict(self.hf_config),
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], source: str = FILE) -> Manifest:
+        """Inverse of ``to_dict``. Raises ``UserError`` for an unknown version or a damaged file."""
+        if data.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"{source} has format_version {data.get('format_version')!r}, this release reads "
+                f"{FORMAT_VERSION}; use the elastic-megatron release that wrote it"
+            )
+        try:
+            space = ElasticSpace.from_dict(data["space"]) if data["space"] else None
+            submodels = {n: SubmodelSpec.of(w) for n, w in data["submodels"].items()}
+            manifest = cls(
+                shape=ParentShape.from_dict(data["shape"]),
+                space=space,
+                budgets=tuple(Budget.from_dict(b) for b in data["budgets"]),
+                submodels=submodels,
+                ranking=data["ranking"],
+                hf_config=data["hf_config"],
+                versions=data["versions"],
+            )
+        except (KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"{source} is damaged ({type(e).__name__}: {e}); restore it from a backup") from None
+        for name, spec in submodels.items():
+            if space is not None:
+                space.check(spec, f"{source}: submodel {name}")
+        return manifest
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read ``elastic.json`` or ``elastic_config.json``. Raises ``UserError`` where it is missing or damaged."""
+        try:
+            data = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing; is {path.parent} a checkpoint of this project?") from None
+        except json.JSONDecodeError as e:
+            raise UserError(f"{path} is no valid JSON ({e}); restore it from a backup") from None
+        return cls.from_dict(data, str(path))

@@ -1,0 +1,126 @@
+"""Cut a submodel out of a model, or permute a model, tensor by tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+
+from torch import Tensor
+
+from ..cost.sizes import parent_fields
+from ..errors import UserError
+from ..ops.gather import gather_tensor
+from ..space import ElasticSpace, ParentShape, SubmodelSpec, TensorLayout, ends, tensors_of
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"\{e\}")
+
+
+@cache
+def _patterns(parent: ParentShape, symbol: str) -> tuple[tuple[re.Pattern[str], TensorLayout], ...]:
+    fields = parent_fields(parent)
+    return tuple(
+        (re.compile(_EXPERT.sub(r"(\\d+)", re.escape(name).replace(r"\{e\}", "{e}"))), layout)
+        for layout in tensors_of(symbol, fields)
+        for name in (layout.name, *layout.aliases)
+    )
+
+
+def locate(parent: ParentShape, name: str) -> tuple[int | None, TensorLayout, int | None]:
+    """(layer, layout, expert) of a parameter name of a Megatron module.
+
+    Raises ``UserError`` for a tensor the fact table does not know: nothing is dropped in silence.
+    """
+    if match := _LAYER.fullmatch(name):
+        layer = int(match[1])
+        if layer < parent.num_layers:
+            for pattern, layout in _patterns(parent, parent.hybrid_layer_pattern[layer]):
+                if found := pattern.fullmatch(match[2]):
+                    return layer, layout, int(found[1]) if found.groups() else None
+    else:
+        for layout in ends(parent.tie_embeddings):
+            if name in (layout.name, *layout.aliases):
+                return None, layout, None
+    raise UserError(f"tensor {name!r} belongs to no block of pattern {parent.hybrid_layer_pattern!r}")
+
+
+def expected(parent: ParentShape) -> Iterator[tuple[str, TensorLayout]]:
+    """Every tensor name of a model of that shape, as the local spec spells it."""
+    fields = parent_fields(parent)
+    for layout in ends(parent.tie_embeddings):
+        yield layout.name, layout
+    for layer, symbol in enumerate(parent.hybrid_layer_pattern):
+        for layout in tensors_of(symbol, fields):
+            for e in range(parent.num_moe_experts) if layout.per_expert else (0,):
+                yield f"decoder.layers.{layer}.{layout.name.format(e=e)}", layout
+
+
+def weights(model_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a module's state dict that belong to the model: no extra states, no budget router."""
+    return {
+        k: v
+        for k, v in model_state.items()
+        if isinstance(v, Tensor) and "_extra_state" not in k and not k.startswith("budget_router.")
+    }
+
+
+def slice_state(
+    space: ElasticSpace, spec: SubmodelSpec, state: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a submodel from those of the parent, one at a time (bounded memory).
+
+    Kept layers and experts are renumbered from 0; a tensor keeps its name otherwise.
+    """
+    parent = space.parent
+    layers = {old: new for new, old in enumerate(space.kept_layers(spec))}
+    for name, tensor in state:
+        layer, layout, expert = locate(parent, name)
+        if layer is None:
+            widths = {"hidden_size": spec["hidden_size"]} if "hidden_size" in spec else {}
+        elif layer not in layers:
+            continue
+        else:
+            widths = space.layer_sizes(spec, layer)
+        kept = {a: space.kept(a, w) for a, w in widths.items()}  # type: ignore[arg-type]
+        if expert is not None and "num_moe_experts" in kept:
+            if expert not in kept["num_moe_experts"]:
+                continue
+            name = _renumber(name, layout, expert, kept["num_moe_experts"].index(expert))
+        if layer is not None:
+            name = name.replace(f"decoder.layers.{layer}.", f"decoder.layers.{layers[layer]}.", 1)
+        yield name, gather_tensor(tensor, layout, parent_fields(parent), kept)
+
+
+def permute_state(
+    parent: ParentShape,
+    orders: Mapping[str | tuple[int, str], Sequence[int]],
+    state: Iterable[tuple[str, Tensor]],
+) -> Iterator[tuple[str, Tensor]]:
+    """The same model with its components in another order.
+
+    ``orders["hidden_size"]`` is global; ``orders[layer, axis]`` belongs to one layer and may be a list of
+    orders, one an expert, for ``moe_ffn_hidden_size`` (channels are independent between experts).
+    """
+    for name, tensor in state:
+        layer, layout, expert = locate(parent, name)
+        kept: dict[str, Sequence[int]] = {}
+        if "hidden_size" in orders:
+            kept["hidden_size"] = orders["hidden_size"]
+        for key, order in orders.items():
+            if not isinstance(key, tuple) or key[0] != layer:
+                continue
+            if key[1] == "num_moe_experts" and expert is not None:
+                name = _renumber(name, layout, expert, list(order).index(expert))
+            elif key[1] == "moe_ffn_hidden_size" and expert is not None and not isinstance(order[0], int):
+                kept[key[1]] = order[expert]  # type: ignore[assignment]
+            else:
+                kept[key[1]] = order
+        yield name, gather_tensor(tensor, layout, parent_fields(parent), kept)
+
+
+def _renumber(name: str, layout: TensorLayout, old: int, new: int) -> str:
+    for template in (layout.name, *layout.aliases):
+        if name.endswith(template.format(e=old)):
+            return name.removesuffix(template.format(e=old)) + template.format(e=new)
+    raise AssertionError(name)

@@ -1,0 +1,180 @@
+"""YAML text as a tree whose every node knows where it was written.
+
+The dialect is YAML 1.2's core schema, not PyYAML's 1.1: `3e-4` is a number, `on` and `1:30` are text, `010`
+is ten. A key given twice is an error.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import yaml
+
+from elastic_megatron.recipe.types import Text
+
+Scalar = str | int | float | bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Where something was written, and the directory that its relative paths start from."""
+
+    where: str
+    base: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A YAML value; the mark of an entry of a mapping is that of its key."""
+
+    value: "Scalar | dict[str, Node] | list[Node]"
+    mark: Mark
+
+    def plain(self) -> object:
+        """The value as dicts, lists and scalars; strings are `Text`."""
+        match self.value:
+            case dict() as entries:
+                return {key: node.plain() for key, node in entries.items()}
+            case list() as items:
+                return [node.plain() for node in items]
+            case str() as text:
+                return Text(text, self.mark.base)
+            case scalar:
+                return scalar
+
+    def locate(self, at: tuple[str | int, ...]) -> Mark:
+        """The mark of the node at this path, or of the deepest section of the path that was written."""
+        node = self
+        for part in at:
+            match node.value, part:
+                case dict() as entries, str() if part in entries:
+                    node = entries[part]
+                case list() as items, int() if part < len(items):
+                    node = items[part]
+                case _:
+                    break
+        return node.mark
+
+
+_TAG = "tag:yaml.org,2002:"
+_CORE_SCHEMA = (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
+)
+
+
+class _CoreSchema:
+    """Tells the type of an unquoted scalar; shared by reader and writer so that a dump reads back equal."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+
+for _name, _pattern, _first_characters in _CORE_SCHEMA:
+    for _character in _first_characters:
+        _CoreSchema.yaml_implicit_resolvers.setdefault(_character, []).append(
+            (_TAG + _name, re.compile(f"(?:{_pattern})\\Z"))
+        )
+
+
+class _Loader(_CoreSchema, yaml.SafeLoader):
+    pass
+
+
+class _Dumper(_CoreSchema, yaml.SafeDumper):
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+def to_yaml(data: object) -> str:
+    """`data` as YAML text, innermost collections on one line."""
+    return yaml.dump(
+        data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=110
+    )
+
+
+def _scalar(node: yaml.ScalarNode) -> Scalar:
+    """The value of a scalar. Raises ValueError if the text does not fit the tag, or the tag is not plain YAML."""
+    text: str = node.value
+    match node.tag.removeprefix(_TAG):
+        case "null":
+            return None
+        case "bool":
+            return {"true": True, "false": False}[text.lower()]
+        case "int":
+            return int(text, {"0x": 16, "0o": 8}.get(text[:2], 10))
+        case "float":
+            return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        case "str":
+            return text
+    raise ValueError(f"tag {node.tag!r} is not allowed here")
+
+
+class Reader:
+    """Turns one piece of YAML text into a tree and collects what is wrong with it.
+
+    `where` gives the printed location of a line and a column, both from 1; `base` is the directory of
+    relative paths. Complaints are appended to `problems` as whole lines.
+    """
+
+    def __init__(self, where: Callable[[int, int], str], base: Path, problems: list[str]) -> None:
+        self._where, self._base, self._problems = where, base, problems
+        self._open: list[yaml.Node] = []
+
+    def read(self, text: str) -> Node | None:
+        """The tree of `text` (an empty text is null), or None after a syntax error."""
+        try:
+            root = _Loader(text).get_single_node()
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            where = self._where(mark.line + 1, mark.column + 1) if mark else self._where(1, 1)
+            self._problems.append(f"{where}: not valid YAML: {error.problem or error.context}")
+            return None
+        except yaml.reader.ReaderError as error:
+            line, column = text.count("\n", 0, error.position) + 1, 1
+            text = f"not valid YAML: character {chr(error.character)!r} is not allowed"
+            self._problems.append(f"{self._where(line, column)}: {text}")
+            return None
+        start = Mark(self._where(1, 1), self._base)
+        return Node(None, start) if root is None else self._node(root, start)
+
+    def _mark(self, node: yaml.Node) -> Mark:
+        return Mark(self._where(node.start_mark.line + 1, node.start_mark.column + 1), self._base)
+
+    def _node(self, node: yaml.Node, mark: Mark) -> Node:
+        if any(node is parent for parent in self._open):
+            self._problems.append(f"{mark.where}: an alias may not contain itself")
+            return Node(None, mark)
+        self._open.append(node)
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return Node(self._entries(node), mark)
+            if isinstance(node, yaml.SequenceNode):
+                return Node([self._node(item, self._mark(item)) for item in node.value], mark)
+            assert isinstance(node, yaml.ScalarNode)
+            return Node(_scalar(node), mark)
+        except (ValueError, KeyError) as error:
+            self._problems.append(f"{mark.where}: not valid YAML: {error}")
+            return Node(None, mark)
+        finally:
+            self._open.pop()
+
+    def _entries(self, node: yaml.MappingNode) -> dict[str, Node]:
+        entries: dict[str, Node] = {}
+        for key_node, value_node in node.value:
+            mark = self._mark(key_node)
+            if not isinstance(key_node, yaml.ScalarNode):
+                self._problems.append(f"{mark.where}: a key must be a plain word")
+                continue
+            # The text itself: a budget may be called 12 or on.
+            key: str = key_node.value
+            if key in entries:
+                self._problems.append(
+                    f"{mark.where}: key {key!r} is given twice (first at {entries[key].mark.where})"
+                )
+            entries[key] = self._node(value_node, mark)
+        return entries

@@ -1,0 +1,144 @@
+"""Where a recipe's keys come from: files, the files that they extend, and the command line."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from elastic_megatron.recipe.document import Mark, Node, Reader
+
+
+@dataclass
+class Sources:
+    """Reads and merges the sources of one recipe; whatever is wrong with them is added to `problems`."""
+
+    problems: list[str] = field(default_factory=list)
+
+    def file(self, shown: str, chain: tuple[tuple[Path, str], ...] = (), asked_at: str = "") -> Node | None:
+        """The mapping in a file, merged over those that it extends; None if it cannot be used.
+
+        `shown` is the path as the user would type it, `chain` the files that led here, `asked_at` a
+        prefix for complaints about the file as a whole: the place that named it.
+        """
+        identity = Path(shown).resolve()
+        if identity in [seen for seen, _ in chain]:
+            names = " -> ".join([name for _, name in chain] + [shown])
+            self.problems.append(f"{asked_at}extends goes round in a circle: {names}")
+            return None
+        text = self._text(shown, asked_at)
+        if text is None:
+            return None
+        base = Path(os.path.abspath(shown)).parent
+        node = Reader(lambda line, column: f"{shown}:{line}:{column}", base, self.problems).read(text)
+        if node is None:
+            return None
+        if not isinstance(node.value, dict):
+            found = "it is empty" if node.value is None else f"it holds a {_kind(node)}"
+            self.problems.append(f"{node.mark.where}: a recipe is a mapping of keys to values, but {found}")
+            return None
+        return self._extended(shown, node, (*chain, (identity, shown)))
+
+    def _text(self, shown: str, asked_at: str) -> str | None:
+        try:
+            return Path(shown).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            self.problems.append(f"{asked_at}{shown}: no such file")
+        except OSError as error:
+            self.problems.append(f"{asked_at}{shown}: cannot be read: {error.strerror}")
+        except UnicodeDecodeError as error:
+            self.problems.append(f"{asked_at}{shown}: is not UTF-8 text (byte {error.start})")
+        return None
+
+    def _extended(self, shown: str, node: Node, chain: tuple[tuple[Path, str], ...]) -> Node | None:
+        assert isinstance(node.value, dict)
+        own = {key: child for key, child in node.value.items() if key != "extends"}
+        merged: Node | None = None
+        complete = True
+        for parent in self._parents(node.value.get("extends")):
+            # The path as written stays the path shown, so that a reader can open it.
+            path = os.path.normpath(os.path.join(os.path.dirname(shown), str(parent.value)))
+            read = self.file(path, chain, f"{parent.mark.where}: extends: ")
+            complete = complete and read is not None
+            if read is not None:
+                merged = read if merged is None else merge(merged, read)
+        if not complete:
+            return None
+        return Node(own, node.mark) if merged is None else merge(merged, Node(own, node.mark))
+
+    def _parents(self, extends: Node | None) -> list[Node]:
+        if extends is None:
+            return []
+        items = extends.value if isinstance(extends.value, list) else [extends]
+        if any(not isinstance(item.value, str) or not item.value for item in items):
+            self.problems.append(f"{extends.mark.where}: extends: must be a path or a list of paths")
+            return []
+        return items
+
+    def override(self, root: Node, text: str) -> Node:
+        """`root` with one `key.key=value` of the command line applied; the value is YAML."""
+        mark = Mark(f"command line `{text}`", Path.cwd())
+        dotted, equals, value_text = text.partition("=")
+        keys = dotted.strip().split(".")
+        if not equals or not all(keys):
+            self.problems.append(f"{mark.where}: write it as key=value, such as optimizer.lr=1e-4")
+            return root
+        value = Reader(lambda line, column: mark.where, mark.base, self.problems).read(value_text)
+        if value is None:
+            return root
+        try:
+            return _assign(root, keys, 0, value)
+        except LookupError as error:
+            self.problems.append(f"{mark.where}: {error.args[0]}")
+            return root
+
+
+def merge(base: Node, top: Node) -> Node:
+    """`top` over `base`: mappings merge key by key, everything else replaces, null removes what was inherited."""
+    if not (isinstance(base.value, dict) and isinstance(top.value, dict)):
+        return top
+    merged = dict(base.value)
+    for key, node in top.value.items():
+        if key not in merged:
+            merged[key] = node
+        elif node.value is None:
+            del merged[key]
+        else:
+            merged[key] = merge(merged[key], node)
+    return Node(merged, top.mark)
+
+
+def _assign(node: Node, keys: list[str], depth: int, value: Node) -> Node:
+    """A copy of `node` with `value` at `keys[depth:]`. Raises LookupError with a message for the user."""
+    if depth == len(keys):
+        return value
+    key, path = keys[depth], ".".join(keys[:depth])
+    match node.value:
+        case list() as items:
+            if not (key.isdecimal() and int(key) < len(items)):
+                count = f"{len(items)} item" + "s" * (len(items) != 1)
+                raise LookupError(f"{path} is a list of {count}, numbered from 0; it has no {key!r}")
+            index = int(key)
+            changed = _assign(items[index], keys, depth + 1, value)
+            return Node([*items[:index], changed, *items[index + 1 :]], node.mark)
+        case dict() as entries:
+            pass
+        case None:
+            entries = {}
+        case _:
+            raise LookupError(f"{path} is a {_kind(node)}, so it has no {key!r} inside")
+    if depth == len(keys) - 1 and key in entries and value.value is None:
+        return Node({name: child for name, child in entries.items() if name != key}, node.mark)
+    changed = _assign(entries.get(key, Node(None, value.mark)), keys, depth + 1, value)
+    return Node({**entries, key: changed}, node.mark)
+
+
+def _kind(node: Node) -> str:
+    """What a node holds, in a user's words."""
+    match node.value:
+        case list():
+            return "list"
+        case str():
+            return "text"
+        case bool():
+            return "switch"
+        case _:
+            return "number"
