@@ -147,7 +147,8 @@ class _Job:
             for batch in _batches(routed):
                 rows = encode_batch(self.tokenizer, [document.text for document, _ in batch])
                 for (_, side), ids in zip(batch, rows, strict=True):
-                    writers[side].add(self._closed(ids))
+                    if ids.size:  # a normalising tokenizer may leave nothing of a blank text
+                        writers[side].add(self._closed(ids))
                 if progress is not None:
                     progress(sum(document.source_bytes for document, _ in batch))
             for writer in writers:
@@ -159,7 +160,7 @@ class _Job:
 
     def _closed(self, ids: np.ndarray) -> np.ndarray:
         # A chat template may have written the eos already.
-        if self.eos.size and ids.size and ids[-1] == self.eos[0]:
+        if self.eos.size and ids[-1] == self.eos[0]:
             return ids
         return np.concatenate([ids, self.eos])
 
@@ -192,8 +193,6 @@ class _Writer:
         self._tokens = 0
 
     def add(self, ids: np.ndarray) -> None:
-        if not ids.size:
-            return
         self._builder.add_item(torch.from_numpy(ids))
         self._builder.end_document()
         self._sha256.update(ids.astype(self._dtype).tobytes())

@@ -135,9 +135,9 @@ class Reader:
             self._problems.append(f"{where}: not valid YAML: {error.problem or error.context}")
             return None
         except yaml.reader.ReaderError as error:
-            line, column = text.count("\n", 0, error.position) + 1, 1
-            text = f"not valid YAML: character {chr(error.character)!r} is not allowed"
-            self._problems.append(f"{self._where(line, column)}: {text}")
+            before = text[: error.position]
+            where = self._where(before.count("\n") + 1, len(before) - before.rfind("\n"))
+            self._problems.append(f"{where}: not valid YAML: {chr(error.character)!r} is not allowed")
             return None
         start = Mark(self._where(1, 1), self._base)
         return Node(None, start) if root is None else self._node(root, start)

@@ -17,9 +17,7 @@ from elastic_megatron.recipe.types import (
     Switch,
     raise_any,
 )
-
-# One residual stream crosses all layers, and depth is a choice of layers: neither can differ by layer.
-GLOBAL_AXES = ("hidden_size", "num_layers")
+from elastic_megatron.space.space import GLOBAL_AXES
 
 
 class Space(Section):
@@ -74,7 +72,7 @@ class BudgetBase(Section):
     target: PositiveFloat = Field(description="The size that the submodel should have, in `unit`.")
     unit: Literal["ratio", "absolute"] = Field(
         default="ratio",
-        description="ratio: fraction of the parent; absolute: parameters, bytes, or the table's time unit.",
+        description="ratio: fraction of the parent; absolute: parameters, bytes or seconds.",
     )
 
     @model_validator(mode="after")
@@ -152,5 +150,8 @@ class Router(Section):
     dead_zone: Rate = Field(default=0.0, description="Relative budget error that costs nothing.")
     identity_weight: Rate = Field(
         default=10.0, description="Weight of the pull towards full widths at the full budget (ratio 1)."
+    )
+    pin_full: Switch = Field(
+        default=True, description="The full budget (ratio 1) always runs the whole parent instead of a sample."
     )
     init_std: PositiveFloat = Field(default=0.1, description="Standard deviation of the initial weights.")

@@ -20,8 +20,9 @@ def lines(problems: list[Problem], root: Node) -> list[str]:
     shown = []
     for problem in problems:
         subject = show_path(problem.at[:-1] if problem.of_parent else problem.at)
-        text = " ".join(problem.text.split())
-        shown.append(f"{root.locate(problem.at).where}: {subject + ': ' if subject else ''}{text}")
+        # One line each, even if a key or a value holds line breaks.
+        text = " ".join(f"{subject + ': ' if subject else ''}{problem.text}".split())
+        shown.append(f"{root.locate(problem.at).where}: {text}")
     return shown
 
 
@@ -41,7 +42,7 @@ def _problems(detail: ErrorDetails) -> Iterator[Problem]:
         case "missing" if isinstance(key, str):
             yield Problem(at, f"required key {key!r} is missing", of_parent=True)
         case "missing":
-            yield Problem(at[:-1], f"has no item {key}")
+            yield Problem(at[:-1], f"is too short: item {key} is missing")
         case "extra_forbidden":
             _, section = _follow(detail["loc"][:-1])
             yield Problem(at, _unknown_key(str(key), list(section.model_fields)), of_parent=True)
@@ -61,12 +62,13 @@ def _problems(detail: ErrorDetails) -> Iterator[Problem]:
 _EXPECTED = {
     "model_type": "must be a mapping",
     "dict_type": "must be a mapping",
+    "model_attributes_type": "must be a mapping",
     "union_tag_not_found": "must be a mapping",
     "tuple_type": "must be a list",
     "int_type": "must be a whole number",
     "float_type": "must be a number",
     "bool_type": "must be true or false",
-    "string_type": "must be text",
+    "string_type": "must be text (put quotes around it)",
 }
 
 
@@ -85,6 +87,8 @@ def _expectation(detail: ErrorDetails) -> str:
                 if kind == "too_long"
                 else f"{text}, got a {'mapping' if isinstance(value, dict) else 'list'}"
             )
+        case bool():
+            return f"{text}, got {str(value).lower()}"
         case str():
             return f"{text}, got {str(value)!r}{did_you_mean(value, _quoted(text))}"
         case _:
@@ -101,7 +105,8 @@ def _unknown_key(key: str, known: list[str]) -> str:
     hint = did_you_mean(key, known)
     homes = sorted(_homes(Recipe, key, ""))
     if homes:
-        hint += f"; {key!r} belongs to {' or '.join(homes)}"
+        others = ", ".join(homes[:-1])
+        hint += f"; {key!r} belongs to {others + ' or ' if others else ''}{homes[-1]}"
     return f"unknown key {key!r}{hint or '; known here: ' + ', '.join(known)}"
 
 

@@ -7,7 +7,7 @@ from elastic_megatron.recipe.training import Stage
 
 def describe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, followed by derived numbers as comments; it loads back as it is."""
-    return dump(recipe) + "".join(f"# {line}\n" for line in _derived(recipe))
+    return dump(recipe) + "".join(f"# {line}".rstrip() + "\n" for line in _derived(recipe))
 
 
 def _derived(recipe: Recipe) -> list[str]:

@@ -75,7 +75,7 @@ class Sources:
 
     def override(self, root: Node, text: str) -> Node:
         """`root` with one `key.key=value` of the command line applied; the value is YAML."""
-        mark = Mark(f"command line `{text}`", Path.cwd())
+        mark = Mark(f"command line `{' '.join(text.split())}`", Path.cwd())
         dotted, equals, value_text = text.partition("=")
         keys = dotted.strip().split(".")
         if not equals or not all(keys):

@@ -90,7 +90,7 @@ class Stage(Section):
         default="uniform",
         description="Budget -> probability of being drawn for a micro-batch; left out means 0.",
     )
-    lr: PositiveFloat | None = Field(default=None, description="Peak learning rate; default: optimizer.lr.")
+    lr: PositiveFloat | None = Field(default=None, description="Peak learning rate: the stage begins a schedule of its own; default: go on with the last.")
 
     @property
     def tokens_per_step(self) -> int:
@@ -133,7 +133,13 @@ class Loss(Section):
         description="Distillation from the teacher (forward: KL(teacher || student)), or plain text.",
     )
     temperature: PositiveFloat = Field(default=1.0, description="Softmax temperature of teacher and student.")
-    ce_weight: Rate = Field(default=0.0, description="Weight of an added cross-entropy on the text.")
+    ce_weight: Fraction = Field(
+        default=0.0, description="w of (1 - w) x distillation + w x cross-entropy on the text."
+    )
+    moe_aux_loss: Rate = Field(default=0.0, description="Weight of the sequence-level load-balancing loss.")
+    moe_bias_update_rate: Rate = Field(
+        default=0.0, description="Step of the moe_router's correction bias towards equal load (0: frozen)."
+    )
 
 
 class Parallel(Section):

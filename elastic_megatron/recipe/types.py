@@ -6,25 +6,17 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
-Axis = Literal[
-    "hidden_size",
-    "ffn_hidden_size",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-    "num_moe_experts",
-    "mamba_num_heads",
-    "mamba_head_dim",
-    "mamba_state_dim",
-    "num_attention_heads",
-    "num_layers",
-]
-"""The dimensions that may be elastic, by their Megatron `TransformerConfig` names."""
+from elastic_megatron.space.axes import AXIS_NAMES
 
-AXES: tuple[str, ...] = get_args(Axis)
+if TYPE_CHECKING:
+    Axis = str
+else:
+    # The names live in the space; a type checker cannot follow, and needs no more than str.
+    Axis = Literal[*AXIS_NAMES]
 
 
 class Section(BaseModel):
@@ -84,13 +76,12 @@ Key = Annotated[str, AfterValidator(_name(_KEY, "_ -")), Field(json_schema_extra
 Switch = Annotated[bool, Strict()]
 
 # Strict, or pydantic would read `true` as 1 and '12' as 12.
-_Int = Annotated[int, Strict(), BeforeValidator(_integral)]
-_Float = Annotated[float, Strict(), Field(allow_inf_nan=False)]
-Count = Annotated[_Int, Field(ge=0)]
-Positive = Annotated[_Int, Field(gt=0)]
-Rate = Annotated[_Float, Field(ge=0)]
-PositiveFloat = Annotated[_Float, Field(gt=0)]
-Fraction = Annotated[_Float, Field(ge=0, le=1)]
+_Whole = BeforeValidator(_integral)
+Count = Annotated[int, Strict(), Field(ge=0), _Whole]
+Positive = Annotated[int, Strict(), Field(gt=0), _Whole]
+Rate = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Strict(), Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,9 @@ class LineChart:
         frame, clip = self.frame(), f"clip-{self.key}"
         body = [svg.element("defs", frame.clip(clip))]
         body += frame.axes(self.x_title, self.y_title, self.x_format, self.y_format)
-        body += [self._event(frame, *event) for event in self.events]
+        body += [
+            self._event(frame, *event) for event in self.events if frame.x.low <= event[0] <= frame.x.high
+        ]
         body += [self._level(frame, *level) for level in self.levels]
         for line in self.lines:
             if line.faint:
@@ -85,16 +87,12 @@ class LineChart:
 
     def _level(self, frame: Frame, value: float, label: str, colour: str) -> str:
         y = frame.y(value)
-        rule = svg.element(
-            "line", x1=frame.x.start, x2=frame.x.end, y1=y, y2=y, class_=f"level {colour}"
-        )
+        rule = svg.element("line", x1=frame.x.start, x2=frame.x.end, y1=y, y2=y, class_=f"level {colour}")
         return rule + (svg.text(label, frame.x.end, y - 5, class_="note end halo") if label else "")
 
     def _event(self, frame: Frame, at: float, label: str, colour: str) -> str:
         x = frame.x(at)
-        rule = svg.element(
-            "line", x1=x, x2=x, y1=frame.y.start, y2=frame.y.end, class_=f"event {colour}"
-        )
+        rule = svg.element("line", x1=x, x2=x, y1=frame.y.start, y2=frame.y.end, class_=f"event {colour}")
         late = x > (frame.x.start + frame.x.end) / 2
         side = "note end halo" if late else "note halo"
         return rule + svg.text(label, x - 5 if late else x + 5, frame.y.end + 12, class_=side)
@@ -145,7 +143,15 @@ def pareto_chart(
     )
     head = svg.element("path", d="M0 0L8 4L0 8z", class_="arrow-head")
     arrow = svg.element(
-        "marker", head, id="arrow", viewBox="0 0 8 8", refX=8, refY=4, markerWidth=7, markerHeight=7, orient="auto"
+        "marker",
+        head,
+        id="arrow",
+        viewBox="0 0 8 8",
+        refX=8,
+        refY=4,
+        markerWidth=7,
+        markerHeight=7,
+        orient="auto",
     )
     body = [svg.element("defs", arrow), *frame.axes(x_title, y_title, count, y_format)]
     ordered = sorted(candidates, key=lambda c: c.size)
@@ -157,7 +163,9 @@ def pareto_chart(
         body.append(svg.text(name, at[0] + 9, at[1] + 4, class_="note halo"))
     if parent:
         at = (frame.x(parent[0]), frame.y(parent[1]))
-        body.append(svg.marker(3, at, 11, class_="mark hollow parent", data_tip=f"parent: {y_format(parent[1])}"))
+        body.append(
+            svg.marker(3, at, 11, class_="mark hollow parent", data_tip=f"parent: {y_format(parent[1])}")
+        )
         body.append(svg.text("parent", at[0], at[1] + 28, class_="note middle halo"))
     for candidate in candidates:
         body += _candidate(frame, candidate, y_format)
@@ -174,7 +182,13 @@ def _candidate(frame: Frame, c: Candidate, y_format: Callable[[float], str]) -> 
         if abs(at[1] - start) > 24:
             body.append(
                 svg.element(
-                    "line", x1=at[0], x2=at[0], y1=start + gap, y2=at[1] - gap, class_="arrow", marker_end="url(#arrow)"
+                    "line",
+                    x1=at[0],
+                    x2=at[0],
+                    y1=start + gap,
+                    y2=at[1] - gap,
+                    class_="arrow",
+                    marker_end="url(#arrow)",
                 )
             )
         tip = f"{c.name}, sorted slice before training: {y_format(c.before)}"

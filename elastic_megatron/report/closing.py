@@ -60,7 +60,8 @@ def _step_times(run: RunData, palette: Palette) -> str:
 def samples(run: RunData, palette: Palette) -> str | None:
     """One text per size, as it was generated."""
     cards = [
-        f'<figure class="card sample {palette.colour(name)}"><figcaption><h3>{named(name, palette)}</h3></figcaption>'
+        f'<figure class="card sample {palette.colour(name)}">'
+        f"<figcaption><h3>{named(name, palette)}</h3></figcaption>"
         f"<blockquote>{escape(m['sample'])}</blockquote></figure>"
         for name, m in run.submodels.items()
         if m.get("sample")
@@ -91,7 +92,11 @@ def made(run: RunData) -> str:
                 ]
             ),
         ),
-        figure("Machine", "", facts((key.replace("_", " "), v) for key, v in (report.get("machine") or {}).items())),
+        figure(
+            "Machine",
+            "",
+            facts((key.replace("_", " "), v) for key, v in (report.get("machine") or {}).items()),
+        ),
         figure("Versions", "", facts((report.get("versions") or {}).items())),
     ]
     filled = [card for card in cards if "<dl" in card]
@@ -100,7 +105,7 @@ def made(run: RunData) -> str:
         body = f'<pre class="command" tabindex="0"><code>{escape(report["command"])}</code></pre>' + body
     if run.recipe:
         body += (
-            f"<details><summary>The resolved recipe</summary><pre tabindex=\"0\"><code>{escape(run.recipe)}"
+            f'<details><summary>The resolved recipe</summary><pre tabindex="0"><code>{escape(run.recipe)}'
             "</code></pre></details>"
         )
     if run.unreadable_lines:

@@ -84,8 +84,12 @@ def _eval_card(run: RunData, palette: Palette) -> str:
         levels=[(loss, "", "parent")] if finite(loss) else [],
         events=_stage_changes(run, at),
     )
-    keys = legend([line.name for line in lines], palette, [("dashed parent", "parent")] if finite(loss) else [])
-    return figure("Evaluation loss over the run", "Measured on text held out from training.", keys, chart.draw())
+    keys = legend(
+        [line.name for line in lines], palette, [("dashed parent", "parent")] if finite(loss) else []
+    )
+    return figure(
+        "Evaluation loss over the run", "Measured on text held out from training.", keys, chart.draw()
+    )
 
 
 def training(run: RunData, palette: Palette) -> str | None:
@@ -95,8 +99,12 @@ def training(run: RunData, palette: Palette) -> str | None:
     cards = [
         _by_budget(run, palette, at, replace(base, key="loss", label="Training loss"), "loss"),
         _by_budget(run, palette, at, replace(base, key="kd", label="Distillation loss"), "kd_loss"),
-        _one_line(run, at, replace(base, key="lr", label="Learning rate", y_title="learning rate", height=220), "lr"),
-        _one_line(run, at, replace(base, key="norm", label="Gradient norm", y_title="norm", height=220), "grad_norm"),
+        _one_line(
+            run, at, replace(base, key="lr", label="Learning rate", y_title="learning rate", height=220), "lr"
+        ),
+        _one_line(
+            run, at, replace(base, key="norm", label="Gradient norm", y_title="norm", height=220), "grad_norm"
+        ),
     ]
     found = [card for card in cards if card]
     if not found:
@@ -129,7 +137,9 @@ def _by_budget(run: RunData, palette: Palette, at: str, base: LineChart, key: st
     }
     extra = [("ink", "mixed steps")] if mixed and parts else []
     note = notes[key] if parts or key != "loss" else "Every step mixes several budgets."
-    return figure(base.label, note, legend([n for n in palette.names if n in parts], palette, extra), chart.draw())
+    return figure(
+        base.label, note, legend([n for n in palette.names if n in parts], palette, extra), chart.draw()
+    )
 
 
 def _one_line(run: RunData, at: str, base: LineChart, key: str) -> str:

@@ -30,7 +30,11 @@ def summary(run: RunData) -> str:
     if not members:
         steps = run.steps[-1]["step"] if run.steps else 0
         return f"A run of {steps} steps, so far without a finished family." if steps else "A ranked model."
-    size = f"a {say.count(parent['total_params'])}-parameter parent" if parent.get("total_params") else "the parent"
+    size = (
+        f"a {say.count(parent['total_params'])}-parameter parent"
+        if parent.get("total_params")
+        else "the parent"
+    )
     told = f"One training run turned {size} into {len(members)} nested sizes that share one checkpoint."
     name, smallest = list(members.items())[-1]
     active, whole = smallest.get("active_params"), parent.get("active_params")
@@ -49,8 +53,10 @@ def _headlines(run: RunData) -> list[tuple[str, str]]:
     tiles = []
     if run.submodels:
         tiles.append(("sizes in one checkpoint", str(len(run.submodels))))
-    tokens = (run.report.get("data") or {}).get("train_tokens") or (run.steps and run.steps[-1].get("tokens"))
-    if tokens:
+    tokens = (run.report.get("data") or {}).get("train_tokens")
+    if tokens is None and run.steps:
+        tokens = run.steps[-1].get("tokens")
+    if finite(tokens):
         tiles.append(("training tokens", say.count(tokens)))
     seconds = sum(phase.get("seconds") or 0 for phase in run.report.get("phases") or [])
     if seconds:
@@ -75,7 +81,14 @@ def _nested_squares(run: RunData, palette: Palette) -> str:
         tip = f"{name}: {say.count(active)} active parameters"
         body.append(
             svg.element(
-                "rect", x=edge, y=top, width=length, height=length, rx=10, class_=f"nest {palette.colour(name)}", data_tip=tip
+                "rect",
+                x=edge,
+                y=top,
+                width=length,
+                height=length,
+                rx=10,
+                class_=f"nest {palette.colour(name)}",
+                data_tip=tip,
             )
         )
         if top - named_at >= 20 and length > 9 * len(name) + 16:
@@ -108,8 +121,8 @@ def family(run: RunData, palette: Palette) -> str | None:
         rows.insert(0, _parent_cells(run.parent))
     shown = [(key, title) for key, title in columns if any(row.get(key) for row in rows)]
     lead = (
-        f"Losses are in {run.loss_unit}; lower is better. A slice is what one gets by cutting the parent down "
-        "without any training: first in the original order of its weights, then after sorting them by "
+        f"Losses are in {run.loss_unit}; lower is better. A slice is what one gets by cutting the parent "
+        "down without any training: first in the original order of its weights, then after sorting them by "
         "importance. Training closes the gap that is left to the parent."
     )
     return section("family", "The family", lead, table(shown, rows, "family"))
@@ -128,7 +141,9 @@ def _member_cells(name: str, m: Json, whole: float | None, palette: Palette) -> 
     cells["trained"] = trained and f"<b>{trained}</b>"
     closed = m.get("gap_closed")
     if finite(closed):
-        cells["gap"] = f"<span>{say.percent(closed)}</span>{bar(min(max(closed, 0), 1), palette.colour(name))}"
+        cells["gap"] = (
+            f"<span>{say.percent(closed)}</span>{bar(min(max(closed, 0), 1), palette.colour(name))}"
+        )
     cells["cost"] = _cost_cell(m)
     return cells
 
@@ -153,7 +168,7 @@ def _cost_cell(m: Json) -> str:
     target, realised, error = m.get("target_cost"), m.get("realised_cost"), m.get("cost_error")
     if not (finite(target) and finite(realised)):
         return ""
-    off = f' <small>({error:+.1%})</small>'.replace("%", " %") if finite(error) else ""
+    off = f" <small>({error:+.1%})</small>".replace("%", " %") if finite(error) else ""
     return f"<span>{cost(target)} → {cost(realised)}{off}</span>"
 
 
@@ -177,8 +192,9 @@ def table(columns: Sequence[tuple[str, str]], rows: Sequence[dict[str, str]], ki
             cells.append(f'<td role="cell" data-label="{escape(title)}"{style}>{cell}</td>')
         lines.append(f'<tr role="row">{"".join(cells)}</tr>')
     return (
-        f'<div class="scroll"><table role="table" class="{kind}"><thead role="rowgroup"><tr role="row">{head}</tr>'
-        f'</thead><tbody role="rowgroup">{"".join(lines)}</tbody></table></div>'
+        f'<div class="scroll"><table role="table" class="{kind}">'
+        f'<thead role="rowgroup"><tr role="row">{head}</tr></thead>'
+        f'<tbody role="rowgroup">{"".join(lines)}</tbody></table></div>'
     )
 
 
@@ -197,7 +213,9 @@ def full_width(run: RunData, axis: str) -> float:
     stated = run.parent.get(axis)
     if finite(stated):
         return float(stated)
-    return max(say.mean_width(m["widths"][axis]) for m in run.submodels.values() if axis in (m.get("widths") or {}))
+    return max(
+        say.mean_width(m["widths"][axis]) for m in run.submodels.values() if axis in (m.get("widths") or {})
+    )
 
 
 def _width_table(run: RunData, palette: Palette) -> str:
@@ -213,7 +231,11 @@ def _width_table(run: RunData, palette: Palette) -> str:
         for name, chosen in members.items():
             if axis in chosen:
                 part = say.mean_width(chosen[axis]) / full_width(run, axis)
-                tip = f' data-tip="{escape(_per_layer(chosen[axis]))}"' if isinstance(chosen[axis], list) else ""
+                tip = (
+                    f' data-tip="{escape(_per_layer(chosen[axis]))}"'
+                    if isinstance(chosen[axis], list)
+                    else ""
+                )
                 row[name] = f"<span{tip}>{say.width(chosen[axis])}</span>{bar(part, palette.colour(name))}"
         rows.append(row)
     note = "Bars are relative to the parent. A range means that layers differ."

@@ -49,7 +49,9 @@ def _axis_panel(run: RunData, palette: Palette, axis: str, curves: list[ScoreCur
             x = frame.x(min(part, 1.0))
             tip = f"{name} keeps {say.width(chosen)} ({say.percent(part)})"
             colour = palette.colour(name)
-            body.append(svg.element("line", x1=x, x2=x, y1=frame.y(0), y2=frame.y(1.05), class_=f"cut {colour}"))
+            body.append(
+                svg.element("line", x1=x, x2=x, y1=frame.y(0), y2=frame.y(1.05), class_=f"cut {colour}")
+            )
             top = (x, frame.y(1.05))
             body.append(svg.marker(palette.shape(name), top, 5, class_=f"mark {colour}", data_tip=tip))
     kept = [curve.kept(0.5) for curve in curves]
@@ -76,7 +78,9 @@ def _expert_card(ranking: Ranking) -> str:
         top = 20 + place * row
         busiest_first = sorted(seen.tolist(), reverse=True)
         shares = [tokens / max(2 * seen.mean(), 1e-12) for tokens in busiest_first]
-        body.append(svg.element("rect", x=left, y=top, width=width - 84 - left, height=row - 1, class_="cell-back"))
+        body.append(
+            svg.element("rect", x=left, y=top, width=width - 84 - left, height=row - 1, class_="cell-back")
+        )
         body += svg.heat_rows([shares], x, top, row, "accent")
         body.append(svg.text(f"layer {layer}", left - 7, top + row / 2, class_="tick y"))
         low = ranking.neglected().get(layer, 0)
@@ -86,8 +90,8 @@ def _expert_card(ranking: Ranking) -> str:
     told = f"Tokens per expert in {len(layers)} layers"
     low = sum(ranking.neglected().values())
     verdict = (
-        f"{low} of {sum(map(len, layers.values()))} experts saw less than {say.percent(NEGLECTED)} of their fair "
-        "share of tokens: their scores are uncertain."
+        f"{low} of {sum(map(len, layers.values()))} experts saw less than {say.percent(NEGLECTED)} of their "
+        "fair share of tokens: their scores are uncertain."
         if low
         else f"Every expert saw at least {say.percent(NEGLECTED)} of its fair share of tokens."
     )
@@ -100,7 +104,9 @@ def _depth_card(ranking: Ranking) -> str:
         return ""
     scores = ranking.depth
     width, height = 520, 240
-    frame = Frame(Scale(0, len(scores), 58, width - 14), Scale(0, float(scores.max()) * 1.05 or 1, height - 44, 34))
+    frame = Frame(
+        Scale(0, len(scores), 58, width - 14), Scale(0, float(scores.max()) * 1.05 or 1, height - 44, 34)
+    )
     body = frame.axes("layer", "score", lambda v: f"{v:.0f}", say.significant, [])
     for i, score in enumerate(scores.tolist()):
         y = frame.y(max(score, 0.0))
@@ -120,5 +126,7 @@ def _depth_card(ranking: Ranking) -> str:
         )
         if len(scores) <= 26 or i % 5 == 0:
             body.append(svg.text(kind or str(i), frame.x(i + 0.5), frame.y.start + 16, class_="tick x"))
-    note = "How much the output changes when a layer is left out (M Mamba, E mixture of experts, * attention)."
+    note = (
+        "How much the output changes when a layer is left out (M Mamba, E mixture of experts, * attention)."
+    )
     return figure("Layers", note, svg.picture(body, width, height, "Score of every layer", class_="chart"))

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from elastic_megatron.errors import UserError
 from elastic_megatron.report.ranking import Ranking, read_ranking
@@ -62,7 +62,7 @@ def budget_of(step: Json) -> str | None:
     return budget
 
 
-def finite(value: Any) -> bool:
+def finite(value: Any) -> TypeGuard[float]:
     """True for a number that can be drawn; None, NaN and infinities cannot."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -26,7 +26,9 @@ def router(run: RunData, palette: Palette) -> str | None:
         "For every budget the router learns how wide each part of the model should be. Darker means more "
         f"probable; each column is a moment of the run. {_settled(lines)}"
     )
-    closing = [card for card in (_cost_card(lines, names, palette), _certainty_card(lines, names, palette)) if card]
+    closing = [
+        card for card in (_cost_card(lines, names, palette), _certainty_card(lines, names, palette)) if card
+    ]
     return section("router", "Router choices", lead, *cards, grid(*closing) if closing else "")
 
 
@@ -115,9 +117,7 @@ def _heat(
     order = sorted(range(len(rows)), key=lambda i: -float(labels[i]) if labels[i].isdigit() else i)
     n, bottom = len(rows[0]), 4 + ROW * len(rows)
     x = Scale(0, n, LEFT, WIDTH - 4)
-    back = svg.element(
-        "rect", x=LEFT, y=4, width=WIDTH - 4 - LEFT, height=bottom - 5, class_="cell-back"
-    )
+    back = svg.element("rect", x=LEFT, y=4, width=WIDTH - 4 - LEFT, height=bottom - 5, class_="cell-back")
     body = [back, *svg.heat_rows([rows[i] for i in order], x, 4, ROW, colour)]
     for place, i in enumerate(order):
         style = "tick y strong" if i == best else "tick y"
@@ -141,7 +141,9 @@ def _cost_card(lines: list[Json], names: list[str], palette: Palette) -> str:
             for key in ("cost", "realised")
         }
         if costs["cost"]:
-            drawn.append(Line(name, palette.colour(name), costs["cost"], costs["realised"], shape=palette.shape(name)))
+            drawn.append(
+                Line(name, palette.colour(name), costs["cost"], costs["realised"], shape=palette.shape(name))
+            )
     if not drawn:
         return ""
     budgets = lines[-1]["budgets"]
@@ -160,7 +162,9 @@ def _cost_card(lines: list[Json], names: list[str], palette: Palette) -> str:
     )
     taus = [line["tau"] for line in lines if finite(line.get("tau"))]
     cooled = f" The sampling temperature went from {taus[0]:.2f} to {taus[-1]:.2f}." if len(taus) > 1 else ""
-    note = "Thick: expected cost of the probabilities. Thin: cost of the most probable choices. Dashed: target."
+    note = (
+        "Thick: expected cost of the probabilities. Thin: cost of the most probable choices. Dashed: target."
+    )
     return figure("Cost against target", note + cooled, legend(names, palette), chart.draw())
 
 

@@ -9,6 +9,7 @@ import html
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from elastic_megatron.report.format import trimmed
 
@@ -164,11 +165,11 @@ def heat_rows(
 
 
 def thin_out(points: Sequence[Point], at_most: int) -> list[Point]:
-    """At most ``at_most`` points, each the mean of a run of neighbours; first and last stay where they are."""
+    """At most ``at_most`` points, each the mean of a run of neighbours; first and last stay put."""
     if len(points) <= at_most:
         return list(points)
     inner = points[1:-1]
     edges = [round(i * len(inner) / (at_most - 2)) for i in range(at_most - 1)]
-    groups = [inner[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    groups = [inner[a:b] for a, b in pairwise(edges)]
     means = [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
     return [points[0], *means, points[-1]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def prefixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: write_prefix(folder / name, tokens, 9) for name, tokens in TOKENS.items()}
 
 
-def build(blend, cache_dir: Path, num_samples: int = 50, seed: int = 3):
+def build(blend, cache_dir: Path, num_samples: int = 50, seed: int = 3) -> Any:
     return build_dataset(
         blend, seq_length=SEQ, num_samples=num_samples, seed=seed, cache_dir=cache_dir, tokenizer_eod=2
     )

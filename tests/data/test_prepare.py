@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from tokenizers import normalizers
 
 from elastic_megatron.data import cli
 from elastic_megatron.data import prepare as prepare_module
@@ -33,11 +34,12 @@ def stored(prefix: Path | str) -> list[list[int]]:
 
 
 def closed(text: str) -> list[int]:
-    return [*map(int, encode(TOKENIZER, text)), EOS]
+    return [*map(int, encode(TOKENIZER, text.removesuffix("</s>"))), EOS]
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=12))
+@example(["</s>", "a</s>", "<s>"])
 def test_json_lines_are_stored_document_by_document(tokenizer_dir: Path, tmp_path_factory, texts: list[str]):
     folder = tmp_path_factory.mktemp("prepare")
     source = folder / "in.jsonl"
@@ -76,6 +78,14 @@ def test_eos_is_written_once_or_not_at_all(tokenizer_dir: Path, tmp_path: Path, 
     assert stored(tmp_path / "with") == [closed("a"), closed("b")]
     prepare([source], tmp_path / "without", tokenizer_dir, json_key="body", append_eos=False)
     assert stored(tmp_path / "without") == [closed("a")[:-1], closed("b")]
+
+
+def test_a_document_without_tokens_is_left_out(tokenizer_dir: Path, tmp_path: Path, json_lines, monkeypatch):
+    stripping = byte_tokenizer()
+    stripping.backend_tokenizer.normalizer = normalizers.Strip()
+    monkeypatch.setattr(prepare_module, "load_tokenizer", lambda _: stripping)
+    report = prepare([json_lines([{"text": " \n"}, {"text": " a "}])], tmp_path / "out", tokenizer_dir)
+    assert stored(tmp_path / "out") == [closed("a")] and report.documents == 1
 
 
 def test_chats_go_through_the_template(tokenizer_dir: Path, tmp_path: Path, json_lines):

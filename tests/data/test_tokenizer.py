@@ -38,12 +38,14 @@ def test_ids_are_the_promised_ones():
 
 @given(st.text())
 @example("")
+@example("<think> a </s>")
 @example("  leading and trailing  \n\n")
 @example("\x00\r\n\t\u2014 👩‍🚀🏳️‍🌈 e\u0301 \ufeff\U0010ffff")
 def test_text_is_its_bytes_and_comes_back(text: str):
     ids = encode(TOKENIZER, text)
-    assert ids.dtype == np.int32 and np.array_equal(ids, utf8_ids(text))
-    assert TOKENIZER.decode(ids) == text
+    assert ids.dtype == np.int32 and TOKENIZER.decode(ids) == text
+    if not any(name in text for name in NAMES):
+        assert np.array_equal(ids, utf8_ids(text))
 
 
 @given(st.lists(st.sampled_from([*NAMES, " ", "\n", "a", "<", "é"])))

@@ -32,7 +32,7 @@ STEPS, TOKENS_PER_STEP = 1200, 2048
 
 
 def metrics_lines(seed: int = 7) -> list[dict[str, Any]]:
-    """Steps of one budget each, 30 evaluations, 60 router lines; temperatures and losses fall as they should."""
+    """Steps of one budget each, 30 evaluations, 60 router lines; temperatures and losses fall."""
     rng = np.random.default_rng(seed)
     lines: list[dict[str, Any]] = []
     for step in range(1, STEPS + 1):
@@ -105,10 +105,14 @@ def softmax(logits: list[float]) -> list[float]:
 
 
 def report_object() -> dict[str, Any]:
-    sizes = {"full": (12_345_678, 3_210_987), "medium": (6_543_210, 1_987_654), "small": (2_876_543, 1_060_000)}
+    sizes = {
+        "full": (12_345_678, 3_210_987),
+        "medium": (6_543_210, 1_987_654),
+        "small": (2_876_543, 1_060_000),
+    }
     samples = {
         "full": "The river had risen in the night, and the miller's daughter counted the stones still dry.",
-        "medium": "The river had risen in the night, and the stones were gone <b>before</b> the morning came.",
+        "medium": "The river had risen in the night, and the stones were gone <b>before</b> morning.",
         "small": "The river was in the night, and the man was the river & the night was long.",
     }
     submodels = {}
@@ -173,7 +177,11 @@ def ranking_tensors(seed: int = 3) -> dict[str, np.ndarray]:
             tensors[f"layers.{layer}.num_moe_experts.score"] = score(16)
             seen = rng.multinomial(40_000, rng.dirichlet([1.6] * 16)).astype(np.int64)
             tensors[f"layers.{layer}.num_moe_experts.tokens"] = seen
-    orders = {key[: -len("score")] + "order": np.argsort(-t, axis=-1) for key, t in tensors.items() if "score" in key}
+    orders = {
+        key[: -len("score")] + "order": np.argsort(-t, axis=-1)
+        for key, t in tensors.items()
+        if "score" in key
+    }
     return tensors | orders
 
 
@@ -183,7 +191,9 @@ def write_run(folder: Path) -> Path:
     lines = "".join(json.dumps(line) + "\n" for line in metrics_lines())
     (folder / "metrics.jsonl").write_text(lines)
     (folder / "report.json").write_text(json.dumps(report_object()))
-    (folder / "recipe.yaml").write_text("name: three-sizes\nbudgets:\n  small: {metric: active_params, target: 0.33}\n")
+    (folder / "recipe.yaml").write_text(
+        "name: three-sizes\nbudgets:\n  small: {metric: active_params, target: 0.33}\n"
+    )
     save_file(ranking_tensors(), folder / "ranking.safetensors")
     (folder / "ranking.json").write_text(json.dumps({"layer_types": PATTERN, "tokens": 65536}))
     return folder

@@ -1,0 +1,167 @@
+"""Megatron distributed checkpoints with an atomic tracker.
+
+A checkpoint directory holds ``iter_0000100/`` folders (Megatron's ``torch_dist`` shards, ``elastic.json`` and
+``hf/``, the side files an export needs) and ``latest_checkpointed_iteration.txt``, which names the newest
+complete one. A folder is written under a temporary name and renamed, then the tracker is replaced, so that a
+crash at any moment leaves the previous checkpoint loadable and named.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from .manifest import FILE, Manifest
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_ITERATION = re.compile(r"iter_(\d{7,})")
+
+
+def save(
+    directory: Path,
+    iteration: int,
+    model: nn.Module,
+    manifest: Manifest,
+    *,
+    optimizer: Any = None,
+    state: Mapping[str, Any] | None = None,
+    hf_files: Path | None = None,
+    keep_last: int = 0,
+) -> Path:
+    """Write ``iter_%07d`` and point the tracker at it; collective over all ranks.
+
+    Args:
+        directory: the checkpoint root.
+        optimizer: a Megatron optimizer, saved reshardable; ``None`` saves weights only.
+        state: plain values to return from ``load`` (step, consumed samples, schedules).
+        hf_files: tokenizer and other side files of the Hugging Face directory, copied to ``hf/``.
+        keep_last: complete checkpoints to keep, 0 for all.
+    """
+    from megatron.core import dist_checkpointing
+
+    final = directory / f"iter_{iteration:07d}"
+    temporary = directory / f".{final.name}.incomplete"
+    if _main_rank():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    _barrier()
+    shards = {"model": model.sharded_state_dict(metadata=_metadata()), "state": dict(state or {})}
+    if optimizer is not None:
+        shards["optimizer"] = optimizer.sharded_state_dict(shards, metadata=_metadata())
+    dist_checkpointing.save(shards, str(temporary))
+    _barrier()
+    if _main_rank():
+        manifest.write(temporary / FILE)
+        if hf_files is not None:
+            shutil.copytree(hf_files, temporary / "hf")
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _point(directory, iteration)
+        _prune(directory, keep_last)
+    _barrier()
+    return final
+
+
+def load(path: Path, model: nn.Module, *, optimizer: Any = None) -> dict[str, Any]:
+    """Load weights (and optimizer) from an ``iter_*`` folder into a built model; returns the saved ``state``.
+
+    Raises ``UserError`` where a shard is missing or damaged, or the weights do not fit the model.
+    """
+    from megatron.core import dist_checkpointing
+
+    shards: dict[str, Any] = {"model": model.sharded_state_dict(metadata=_metadata())}
+    if optimizer is not None:
+        shards["optimizer"] = optimizer.sharded_state_dict(shards, is_loading=True, metadata=_metadata())
+    try:
+        loaded = dist_checkpointing.load(shards, str(path))
+    except Exception as e:  # every storage backend raises its own kinds
+        reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        raise UserError(
+            f"{path} cannot be loaded ({type(e).__name__}: {reason[:160]}); it is damaged or of another model: "
+            "delete the folder and name an older iteration in the tracker file"
+        ) from e
+    model.load_state_dict(loaded["model"], strict=False)
+    if optimizer is not None:
+        with torch.no_grad():  # the fp32 path copies into views of leaves
+            optimizer.load_state_dict(loaded["optimizer"])
+    return dict(loaded.get("state", {}))
+
+
+def newest(directory: Path) -> Path | None:
+    """The checkpoint that the tracker names; ``None`` where there is none yet.
+
+    Raises ``UserError`` where the tracker is damaged or names a folder that is not there.
+    """
+    tracker = directory / TRACKER
+    if not tracker.exists():
+        return None
+    text = tracker.read_text().strip()
+    path = directory / f"iter_{int(text):07d}" if text.isdigit() else None
+    if path is None or not (path / FILE).exists():
+        complete = ", ".join(p.name for p in _complete(directory)) or "none"
+        raise UserError(f"{tracker} says {text[:40]!r}, but complete checkpoints are: {complete}; correct the file")
+    return path
+
+
+def resolve(path: Path) -> Path:
+    """The ``iter_*`` folder meant by a path: itself, or the newest of a checkpoint root or run folder.
+
+    Raises ``UserError`` where there is no checkpoint.
+    """
+    if (path / FILE).exists():
+        return path
+    for root in (path, path / "checkpoints"):
+        if found := newest(root):
+            return found
+    raise UserError(f"{path} holds no checkpoint; give a run folder, a checkpoint folder or an iter_* folder")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Is this one of ours (a run folder, a checkpoint root or an ``iter_*`` folder)?"""
+    return any((p / f).exists() for p in (path, path / "checkpoints") for f in (FILE, TRACKER))
+
+
+def _metadata() -> dict[str, Any]:
+    from .. import runtime
+
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": runtime.groups().dp_cp,
+    }
+
+
+def _point(directory: Path, iteration: int) -> None:
+    temporary = directory / f".{TRACKER}.incomplete"
+    with open(temporary, "w") as f:
+        f.write(f"{iteration}\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, directory / TRACKER)
+
+
+def _complete(directory: Path) -> list[Path]:
+    folders = [p for p in directory.glob("iter_*") if _ITERATION.fullmatch(p.name) and (p / FILE).exists()]
+    return sorted(folders, key=lambda p: int(p.name[5:]))
+
+
+def _prune(directory: Path, keep_last: int) -> None:
+    for old in _complete(directory)[:-keep_last] if keep_last else []:
+        shutil.rmtree(old)
+
+
+def _main_rank() -> bool:
+    return torch.distributed.get_rank() == 0
+
+
+def _barrier() -> None:
+    torch.distributed.barrier()

@@ -1,0 +1,1 @@
+"""Floor 5: curriculum distillation of all submodels at once, and their evaluation."""

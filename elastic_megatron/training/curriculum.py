@@ -1,0 +1,114 @@
+"""The curriculum as a function of the step: which stage, which learning rate, how many tokens so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..ops.gumbel import draw_index
+from ..recipe import Recipe
+from ..recipe.training import Optimizer, Stage
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a step lies: its stage, and how much was consumed before it."""
+
+    step: int
+    stage: Stage
+    stage_index: int
+    step_in_stage: int
+    samples: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive stages under one learning-rate schedule."""
+
+    start: int
+    steps: int
+    peak_lr: float
+
+
+class Curriculum:
+    """Pure functions of the step over a recipe's stages; nothing here is state to save."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.total_steps = recipe.total_steps
+
+    def place(self, step: int) -> Place:
+        """The place of a step (0-based, below ``total_steps``). ``samples`` count within the stage."""
+        first = tokens = 0
+        for index, stage in enumerate(self.recipe.stages):
+            inside = step - first
+            if inside < stage.steps:
+                return Place(
+                    step=step,
+                    stage=stage,
+                    stage_index=index,
+                    step_in_stage=inside,
+                    samples=inside * stage.global_batch_size,
+                    tokens=tokens + inside * stage.tokens_per_step,
+                )
+            first, tokens = first + stage.steps, tokens + stage.steps * stage.tokens_per_step
+        raise IndexError(step)
+
+    def tokens_after(self, steps: int) -> int:
+        """Tokens seen by the first ``steps`` steps."""
+        if steps == 0:
+            return 0
+        last = self.place(steps - 1)
+        return last.tokens + last.stage.tokens_per_step
+
+    def segments(self) -> tuple[Segment, ...]:
+        """Learning-rate schedules: a stage that names an ``lr`` begins its own, others continue the last."""
+        out: list[Segment] = []
+        first = 0
+        for stage in self.recipe.stages:
+            if not out or stage.lr is not None:
+                out.append(Segment(first, stage.steps, stage.lr or self.recipe.optimizer.lr))
+            else:
+                out[-1] = Segment(out[-1].start, out[-1].steps + stage.steps, out[-1].peak_lr)
+            first += stage.steps
+        return tuple(out)
+
+    def segment(self, step: int) -> Segment:
+        return next(s for s in reversed(self.segments()) if s.start <= step)
+
+    def draw_budget(self, place: Place, microbatch: int, dp_rank: int) -> str:
+        """The budget of one micro-batch: a function of (seed, step, micro-batch, rank) alone."""
+        probs = self.recipe.budget_probabilities(place.stage)
+        key = (self.recipe.seed, "budget", place.step, microbatch, dp_rank)
+        return tuple(probs)[draw_index(key, tuple(probs.values()))]
+
+
+def lr_schedule(optimizer: Any, settings: Optimizer, segment: Segment, router_lr: float) -> Any:
+    """Megatron's ``OptimizerParamScheduler`` for one segment, at its first step.
+
+    The router's parameter groups follow the same shape from their own peak.
+    """
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    for group in optimizer.param_groups:
+        peak = segment.peak_lr if group["default_config"] else router_lr
+        group["max_lr"], group["min_lr"] = peak, settings.min_lr * peak / settings.lr
+    style = {"wsd": "WSD"}.get(settings.schedule, settings.schedule)
+    wd = settings.weight_decay
+    steps = max(segment.steps, settings.warmup_steps + 1)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=segment.peak_lr,
+        min_lr=settings.min_lr * segment.peak_lr / settings.lr,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=steps,
+        lr_decay_style=style,
+        start_wd=wd,
+        end_wd=wd,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        wsd_decay_steps=max(1, round(steps * settings.wsd_decay_fraction)),
+        lr_wsd_decay_style="linear",
+    )
