@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from elastic_megatron.recipe.elastic import Budgets, Space
 from elastic_megatron.recipe.model import Model
-from elastic_megatron.recipe.training import Loss, Optimizer, Parallel, Stage, Teacher
+from elastic_megatron.recipe.training import Loss, Parallel, Stage, Teacher
 from elastic_megatron.recipe.types import Problem, did_you_mean
 
 
@@ -34,13 +34,6 @@ def _stage_budgets(stages: tuple[Stage, ...], budgets: Budgets) -> Iterator[Prob
             if name not in budgets:
                 hint = did_you_mean(name, budgets) or f"; budgets are {', '.join(budgets) or '(none)'}"
                 yield Problem(("stages", index, "budget_probs", name), f"unknown key {name!r}{hint}", True)
-
-
-def _stage_lr(stages: tuple[Stage, ...], optimizer: Optimizer) -> Iterator[Problem]:
-    for index, stage in enumerate(stages):
-        if stage.lr is not None and stage.lr < optimizer.min_lr:
-            text = f"{stage.lr:g} is below optimizer.min_lr = {optimizer.min_lr:g}"
-            yield Problem(("stages", index, "lr"), text)
 
 
 def _plain_training(
@@ -103,7 +96,6 @@ _CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     _budgets_need_choices,
     _stage_names,
     _stage_budgets,
-    _stage_lr,
     _plain_training,
     _topk,
     _parallel_switches,

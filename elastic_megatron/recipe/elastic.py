@@ -152,6 +152,7 @@ class Router(Section):
         default=10.0, description="Weight of the pull towards full widths at the full budget (ratio 1)."
     )
     pin_full: Switch = Field(
-        default=True, description="The full budget (ratio 1) always runs the whole parent instead of a sample."
+        default=True,
+        description="The full budget (ratio 1) always runs the whole parent instead of a sample.",
     )
     init_std: PositiveFloat = Field(default=0.1, description="Standard deviation of the initial weights.")

@@ -14,25 +14,29 @@ def _derived(recipe: Recipe) -> list[str]:
     calibration = recipe.rank.samples * recipe.rank.seq_length
     lines = ["", "Derived:", f"  rank: {calibration:,} calibration tokens"]
     for index, stage in enumerate(recipe.stages):
-        lines.append(f"  stages[{index}] {stage.name}: {_stage(recipe, stage)}")
+        parts = (_length(stage), _schedule(recipe, index), _odds(recipe, stage))
+        lines.append(f"  stages[{index}] {stage.name}: {'; '.join(part for part in parts if part)}")
     if recipe.stages:
         tokens = sum(stage.steps * stage.tokens_per_step for stage in recipe.stages)
         lines.append(f"  all stages: {recipe.total_steps:,} steps, {tokens:,} tokens")
-        warmup = recipe.optimizer.warmup_steps
-        share = warmup / recipe.stages[0].steps
-        seen = warmup * recipe.stages[0].tokens_per_step
-        lines.append(f"  warm-up: {warmup:,} steps, {seen:,} tokens, {share:.2%} of stages[0]")
     return lines
 
 
-def _stage(recipe: Recipe, stage: Stage) -> str:
-    peak = recipe.optimizer.lr if stage.lr is None else stage.lr
-    parts = [
-        f"{stage.steps:,} steps of {stage.tokens_per_step:,} tokens = {stage.steps * stage.tokens_per_step:,}",
-        f"peak learning rate {peak:g}",
-    ]
-    probabilities = recipe.budget_probabilities(stage)
-    if probabilities:
-        odds = ", ".join(f"{name} {probability:.3g}" for name, probability in probabilities.items())
-        parts.append(f"budgets {odds}")
-    return "; ".join(parts)
+def _length(stage: Stage) -> str:
+    tokens = stage.steps * stage.tokens_per_step
+    return f"{stage.steps:,} steps of {stage.tokens_per_step:,} tokens = {tokens:,}"
+
+
+def _schedule(recipe: Recipe, index: int) -> str:
+    """Peak learning rate and warm-up, where a schedule begins: at the first stage, and where one names its lr."""
+    stage, warmup = recipe.stages[index], recipe.optimizer.warmup_steps
+    if stage.lr is None and index:
+        return "learning-rate schedule goes on"
+    peak = f"peak learning rate {stage.lr or recipe.optimizer.lr:g}"
+    tokens = warmup * stage.tokens_per_step
+    return peak + (f" after {warmup:,} warm-up steps = {tokens:,} tokens" if warmup else "")
+
+
+def _odds(recipe: Recipe, stage: Stage) -> str:
+    odds = recipe.budget_probabilities(stage)
+    return "budgets " + ", ".join(f"{name} {odd:.3g}" for name, odd in odds.items()) if odds else ""

@@ -53,7 +53,9 @@ class Optimizer(Section):
     schedule: Literal["cosine", "wsd", "constant", "linear"] = Field(
         default="cosine", description="Shape of the decay; wsd: warm-up, stable, decay."
     )
-    warmup_steps: Count = Field(default=0, description="Steps of linear warm-up from 0.")
+    warmup_steps: Count = Field(
+        default=0, description="Steps of linear warm-up from 0, at the start of every schedule."
+    )
     wsd_decay_fraction: Annotated[PositiveFloat, Field(le=1)] = Field(
         default=0.2, description="Share of the steps that decay (schedule wsd)."
     )
@@ -90,7 +92,10 @@ class Stage(Section):
         default="uniform",
         description="Budget -> probability of being drawn for a micro-batch; left out means 0.",
     )
-    lr: PositiveFloat | None = Field(default=None, description="Peak learning rate: the stage begins a schedule of its own; default: go on with the last.")
+    lr: PositiveFloat | None = Field(
+        default=None,
+        description="Peak learning rate of a schedule that begins here; default: the last one goes on.",
+    )
 
     @property
     def tokens_per_step(self) -> int:

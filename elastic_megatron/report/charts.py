@@ -157,10 +157,12 @@ def pareto_chart(
     ordered = sorted(candidates, key=lambda c: c.size)
     if len(ordered) > 1:
         body.append(svg.path(frame.place([(c.size, c.trained) for c in ordered]), class_="frontier"))
+    marked = [(c.size, y) for c in candidates for y in (c.trained, c.before) if y is not None]
+    taken = [_box_at(point, 7) for point in frame.place(marked + [(x, y) for _, x, y in others])]
     for name, x, y in others:
         at = (frame.x(x), frame.y(y))
         body.append(svg.marker(1, at, 4.5, class_="mark hollow ink", data_tip=f"{name}: {y_format(y)}"))
-        body.append(svg.text(name, at[0] + 9, at[1] + 4, class_="note halo"))
+        body.append(_label(name, at, "note", taken, frame))
     if parent:
         at = (frame.x(parent[0]), frame.y(parent[1]))
         body.append(
@@ -169,6 +171,8 @@ def pareto_chart(
         body.append(svg.text("parent", at[0], at[1] + 28, class_="note middle halo"))
     for candidate in candidates:
         body += _candidate(frame, candidate, y_format)
+        at = (frame.x(candidate.size), frame.y(candidate.trained))
+        body.append(_label(candidate.name, at, "name", taken, frame))
     told = "; ".join(f"{c.name}: {count(c.size)} at {y_format(c.trained)}" for c in candidates)
     return svg.picture(body, WIDTH, height, f"{x_title} against {y_title}. {told}", class_="chart")
 
@@ -195,7 +199,31 @@ def _candidate(frame: Frame, c: Candidate, y_format: Callable[[float], str]) -> 
         body.append(svg.marker(c.shape, (at[0], start), 5, class_=f"mark hollow {c.colour}", data_tip=tip))
     tip = f"{c.name}, trained: {y_format(c.trained)} with {count(c.size)} active parameters"
     body.append(svg.marker(c.shape, at, 6, class_=f"mark {c.colour}", data_tip=tip))
-    late = at[0] > frame.x.end - 90
-    side = "name end halo" if late else "name halo"
-    body.append(svg.text(c.name, at[0] + (-12 if late else 12), at[1] - 9, class_=side))
     return body
+
+
+Box = tuple[float, float, float, float]
+
+
+def _box_at(at: Point, reach: float) -> Box:
+    return (at[0] - reach, at[1] - reach, at[0] + reach, at[1] + reach)
+
+
+def _label(name: str, at: Point, style: str, taken: list[Box], frame: Frame) -> str:
+    """Text beside a marker, at the first of four corners where it covers nothing in ``taken``; joins it."""
+    length = 8.0 * len(name)
+    spots = []
+    for right, rise in ((True, -9), (False, -9), (True, 19), (False, 19)):
+        x, y = at[0] + (12 if right else -12), at[1] + rise
+        left = x if right else x - length
+        spots.append((right, x, y, (left, y - 11, left + length, y + 3)))
+
+    def fits(box: Box) -> bool:
+        inside = box[0] >= frame.x.start and box[2] <= frame.x.end + RIGHT
+        return inside and not any(
+            box[0] < o[2] and o[0] < box[2] and box[1] < o[3] and o[1] < box[3] for o in taken
+        )
+
+    right, x, y, box = next((spot for spot in spots if fits(spot[3])), spots[0])
+    taken.append(box)
+    return svg.text(name, x, y, class_=f"{style} halo" if right else f"{style} end halo")

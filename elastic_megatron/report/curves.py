@@ -29,7 +29,7 @@ def _gap_words(run: RunData) -> str:
     loss = run.parent.get("loss")
     if not finals or not finite(loss):
         return ""
-    told = ", ".join(f"{name} {value - loss:+.3f}" for name, value in finals).replace("-", "−")
+    told = ", ".join(f"{name} {f'{value - loss:+.3f}'.replace('-', '−')}" for name, value in finals)
     return f"Distance to the parent after training, in {run.loss_unit}: {told}."
 
 

@@ -9,6 +9,8 @@ from elastic_megatron.report.markup import Palette, bar, escape, figure, grid, n
 from elastic_megatron.report.read import Json, RunData, finite
 
 FORMATS = {"bf16": "BF16", "fp8": "FP8", "nvfp4": "NVFP4"}
+WIDEST_PAIR = 4
+"""Up to this many sizes, the table of widths fits half the page."""
 
 
 def header(run: RunData, palette: Palette) -> str:
@@ -74,30 +76,19 @@ def _nested_squares(run: RunData, palette: Palette) -> str:
         return ""
     side, edge = 232.0, 8.0
     largest = max(run.parent.get("active_params") or 0, *(active for _, active in members))
-    body, named_at = [], -20.0
-    for name, active in members:
-        length = side * (active / largest) ** 0.5
+    squares, names = [], []
+    lengths = [side * (active / largest) ** 0.5 for _, active in members]
+    for (name, active), length, inner in zip(members, lengths, [*lengths[1:], 0.0], strict=True):
         top = edge + side - length
+        shape = {"x": edge, "y": top, "width": length, "height": length, "rx": 10}
         tip = f"{name}: {say.count(active)} active parameters"
-        body.append(
-            svg.element(
-                "rect",
-                x=edge,
-                y=top,
-                width=length,
-                height=length,
-                rx=10,
-                class_=f"nest {palette.colour(name)}",
-                data_tip=tip,
-            )
-        )
-        if top - named_at >= 20 and length > 9 * len(name) + 16:
-            body.append(svg.text(name, edge + length - 10, top + 19, class_="nest-name end"))
-            named_at = top
+        squares.append(svg.element("rect", **shape, class_=f"nest {palette.colour(name)}", data_tip=tip))
+        if length - inner >= 22 and length > 9 * len(name) + 16:
+            names.append(svg.text(name, edge + length - 10, top + 18, class_="nest-name end"))
     told = "Nested squares, area by active parameters: " + ", ".join(
         f"{name} {say.count(active)}" for name, active in members
     )
-    return svg.picture(body, 248, 248, told, class_="nested")
+    return svg.picture([*squares, *names], 248, 248, told, class_="nested")
 
 
 def family(run: RunData, palette: Palette) -> str | None:
@@ -205,7 +196,8 @@ def widths(run: RunData, palette: Palette) -> str | None:
     if not found:
         return None
     lead = "Every size is the leading part of the next larger one, so the family is stored once."
-    return section("widths", "What each size keeps", lead, grid(*found))
+    kind = "pair loose" if len(run.submodels) <= WIDEST_PAIR else "stack"
+    return section("widths", "What each size keeps", lead, grid(*found, kind=kind))
 
 
 def full_width(run: RunData, axis: str) -> float:
@@ -260,8 +252,10 @@ def _storage(run: RunData, palette: Palette) -> str:
             for name, b in stored.items()
             if finite(b.get(kind))
         )
-        blocks.append(f'<h4>{FORMATS[kind]}</h4><ul class="bars">{rows}</ul>')
-    return figure("Weights on disk", _saving(stored, kinds[0]), *blocks)
+        blocks.append(f'<div><h4>{FORMATS[kind]}</h4><ul class="bars">{rows}</ul></div>')
+    return figure(
+        "Weights on disk", _saving(stored, kinds[0]), f'<div class="formats">{"".join(blocks)}</div>'
+    )
 
 
 def _saving(stored: dict[str, Json], kind: str) -> str:

@@ -20,7 +20,7 @@ def importance(run: RunData, palette: Palette) -> str | None:
     panels = [_axis_panel(run, palette, axis, curves) for axis, curves in ranking.curves.items()]
     cards = [grid(*panels, kind="small")] if panels else []
     wide = [card for card in (_expert_card(ranking), _depth_card(ranking)) if card]
-    cards += [grid(*wide)] if wide else []
+    cards += [grid(*wide, kind="pair loose")] if wide else []
     if not cards:
         return None
     measured = f" over {say.count(ranking.tokens)} tokens" if ranking.tokens else ""
@@ -124,8 +124,13 @@ def _depth_card(ranking: Ranking) -> str:
                 data_tip=tip,
             )
         )
-        if len(scores) <= 26 or i % 5 == 0:
-            body.append(svg.text(kind or str(i), frame.x(i + 0.5), frame.y.start + 16, class_="tick x"))
+        few = len(scores) <= 26
+        if few or i % 5 == 0:
+            body.append(
+                svg.text(
+                    kind if few and kind else str(i), frame.x(i + 0.5), frame.y.start + 16, class_="tick x"
+                )
+            )
     note = (
         "How much the output changes when a layer is left out (M Mamba, E mixture of experts, * attention)."
     )

@@ -23,8 +23,8 @@ def router(run: RunData, palette: Palette) -> str | None:
     axes = list(dict.fromkeys(axis for name in names for axis in last["budgets"][name].get("probs") or {}))
     cards = [_axis_card(lines, axis, names, palette) for axis in axes]
     lead = (
-        "For every budget the router learns how wide each part of the model should be. Darker means more "
-        f"probable; each column is a moment of the run. {_settled(lines)}"
+        "For every budget the router learns how wide each part of the model should be. Stronger colour "
+        f"means more probable; each column is a moment of the run. {_settled(lines)}"
     )
     closing = [
         card for card in (_cost_card(lines, names, palette), _certainty_card(lines, names, palette)) if card

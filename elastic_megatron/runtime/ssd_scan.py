@@ -165,7 +165,7 @@ def _backward_block(
 
 def _chunk_weights(cum: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """``exp(cum_i - cum_j)`` for ``j <= i``, else 0, and the same times ``C_i . B_j``; both ``Ncgrqq``."""
-    heads = cum.permute(0, 1, 3, 4, 2)
+    heads = cum.permute(0, 1, 3, 4, 2).contiguous()
     # Above the diagonal the exponent is positive and may overflow; tril_ overwrites, it does not multiply.
     decays = (heads[..., :, None] - heads[..., None, :]).exp_().tril_()
     return decays, decays * (C @ B.mT)[:, :, :, None]

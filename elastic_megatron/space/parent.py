@@ -44,6 +44,20 @@ _HF_LAYER_TYPES = {
     "moe": "E",
     "mlp": "-",
 }
+# nemotron_h options that the blocks do not have: the values they can take
+_HF_ONLY: Mapping[str, tuple[Any, ...]] = {
+    "moe_latent_size": (None, 0),
+    "n_group": (1, None),
+    "norm_topk_prob": (True,),
+    "use_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attention_bias": (False, None),
+    "mamba_proj_bias": (False, None),
+    "use_conv_bias": (True,),
+    "mlp_hidden_act": ("relu2",),
+    "mamba_hidden_act": ("silu",),
+    "sliding_window": (None,),
+}
 _NEEDS = {
     "M": ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups"),
     "*": ("num_attention_heads", "num_query_groups", "kv_channels"),
@@ -149,18 +163,21 @@ class ParentShape:
         """Shape of a ``nemotron_h`` ``config.json``.
 
         Raises ``UserError`` for another model type, or for parts this project refuses rather than drops:
-        latent MoE projections, group-limited routing, projection biases.
+        latent MoE projections, group-limited routing, projection biases, other activations, sliding windows.
         """
         if config.get("model_type") != "nemotron_h":
             raise UserError(
                 f"model_type is {config.get('model_type')!r}; only 'nemotron_h' models can be read"
             )
-        pattern = config.get("hybrid_override_pattern") or "".join(
-            _HF_LAYER_TYPES.get(t, "?") for t in config.get("layers_block_type", ())
-        )
-        for field, legal in (("moe_latent_size", (None, 0)), ("n_group", (None, 1)), ("use_bias", (None, False)),
-                             ("mlp_bias", (None, False)), ("attention_bias", (None, False))):
-            if config.get(field) not in legal:
+        listed = "".join(_HF_LAYER_TYPES.get(t, "?") for t in config.get("layers_block_type") or ())
+        pattern = config.get("hybrid_override_pattern") or listed
+        if listed and listed != pattern:
+            raise UserError(
+                f"config.json contradicts itself: hybrid_override_pattern is {pattern!r}, layers_block_type says "
+                f"{listed!r}; remove the wrong one"
+            )
+        for field, legal in _HF_ONLY.items():
+            if config.get(field, legal[0]) not in legal:
                 raise UserError(
                     f"config.json has {field}={config[field]!r}, which elastic models do not support yet; "
                     "convert this model without it"
@@ -182,8 +199,8 @@ class ParentShape:
     def to_hf(self) -> dict[str, Any]:
         """The ``nemotron_h`` fields that state this shape; the caller merges them over the parent's config.
 
-        ``mamba_expand``/``expand`` are set to what the sizes imply, because remote-code mixers compute their
-        inner width from it; layer types are written in all three spellings that loaders read.
+        ``expand`` is written only where the sizes imply a whole number: transformers accepts nothing else there
+        and reads the inner width from the head sizes. Layer types are in all three spellings that loaders read.
         """
         out: dict[str, Any] = {axis(n).hf: getattr(self, n) for n in _HF_AXES if getattr(self, n)}
         out |= {hf: getattr(self, ours) for ours, hf in _HF_FIELDS.items() if getattr(self, ours) != 0}
@@ -193,7 +210,8 @@ class ParentShape:
         names = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
         out["layers_block_type"] = [names[s] for s in self.hybrid_layer_pattern]
         if "M" in self.hybrid_layer_pattern:
-            out["expand"] = out["mamba_expand"] = self.mamba_num_heads * self.mamba_head_dim / self.hidden_size
+            expand, rest = divmod(self.mamba_num_heads * self.mamba_head_dim, self.hidden_size)
+            out |= {} if rest else {"expand": expand}
         if "E" in self.hybrid_layer_pattern:
             out["n_shared_experts"] = int(self.moe_shared_expert_intermediate_size > 0)
         return out

@@ -70,9 +70,10 @@ def build_student(recipe: Recipe, source: Source, space: ElasticSpace | None) ->
         adam_beta2=o.betas[1], adam_eps=o.eps, clip_grad=o.clip_grad, bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
     )  # fmt: skip
-    router_key = ParamKey(name="*budget_router.*")
+    r = recipe.router
+    override = {"max_lr": r.lr, "min_lr": o.min_lr * r.lr / o.lr, "wd_mult": 0.0}
     optimizer = get_megatron_optimizer(
-        settings, [ddp], config_overrides={router_key: {"max_lr": recipe.router.lr, "wd_mult": 0.0}}
+        settings, [ddp], config_overrides={ParamKey(name="*budget_router.*"): override}
     )
     return Model(bare, ddp, optimizer, space, router)
 

@@ -84,31 +84,48 @@ class Curriculum:
         return tuple(probs)[draw_index(key, tuple(probs.values()))]
 
 
-def lr_schedule(optimizer: Any, settings: Optimizer, segment: Segment, router_lr: float) -> Any:
-    """Megatron's ``OptimizerParamScheduler`` for one segment, at its first step.
+class LearningRate:
+    """Megatron's ``OptimizerParamScheduler``, one per segment of the curriculum, as a function of the step.
 
-    The router's parameter groups follow the same shape from their own peak.
+    The router's parameter groups follow the same shape from their own peak. A segment's peak enters as a
+    factor on the learning rate, not in the groups' ``max_lr``: that is part of the key by which Megatron
+    finds a group in a checkpoint.
     """
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    for group in optimizer.param_groups:
-        peak = segment.peak_lr if group["default_config"] else router_lr
-        group["max_lr"], group["min_lr"] = peak, settings.min_lr * peak / settings.lr
-    style = {"wsd": "WSD"}.get(settings.schedule, settings.schedule)
-    wd = settings.weight_decay
-    steps = max(segment.steps, settings.warmup_steps + 1)
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=segment.peak_lr,
-        min_lr=settings.min_lr * segment.peak_lr / settings.lr,
-        lr_warmup_steps=settings.warmup_steps,
-        lr_decay_steps=steps,
-        lr_decay_style=style,
-        start_wd=wd,
-        end_wd=wd,
-        wd_incr_steps=steps,
-        wd_incr_style="constant",
-        wsd_decay_steps=max(1, round(steps * settings.wsd_decay_fraction)),
-        lr_wsd_decay_style="linear",
-    )
+    def __init__(self, optimizer: Any, settings: Optimizer, curriculum: Curriculum) -> None:
+        self.optimizer, self.settings, self.curriculum = optimizer, settings, curriculum
+        self.segment: Segment | None = None
+
+    def set(self, step: int) -> float:
+        """Set the learning rates that step ``step`` uses (0-based) and return the model's."""
+        segment = self.curriculum.segment(step)
+        if segment != self.segment:
+            self.segment, self.scheduler = segment, self._scheduler(segment.steps)
+        self.scheduler.step(step + 1 - segment.start - self.scheduler.num_steps)
+        rate = 0.0
+        for group in self.optimizer.param_groups:
+            if group["default_config"]:
+                group["lr"] *= segment.peak_lr / self.settings.lr
+                rate = float(group["lr"])
+        return rate
+
+    def _scheduler(self, segment_steps: int) -> Any:
+        from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+        o = self.settings
+        steps = max(segment_steps, o.warmup_steps + 1)
+        return OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=o.lr,
+            min_lr=o.min_lr,
+            lr_warmup_steps=o.warmup_steps,
+            lr_decay_steps=steps,
+            lr_decay_style="WSD" if o.schedule == "wsd" else o.schedule,
+            start_wd=o.weight_decay,
+            end_wd=o.weight_decay,
+            wd_incr_steps=steps,
+            wd_incr_style="constant",
+            wsd_decay_steps=max(1, round(steps * o.wsd_decay_fraction)),
+            lr_wsd_decay_style="linear",
+        )

@@ -24,7 +24,7 @@ from ..recipe import Recipe, dump
 from ..router.table import router_line
 from ..space import SubmodelSpec
 from .build import Model, build_student, build_teacher
-from .curriculum import Curriculum, lr_schedule
+from .curriculum import Curriculum, LearningRate
 from .evaluate import evaluate
 from .family import budgets, elastic_space, parent_source
 from .log import RunLog
@@ -97,15 +97,9 @@ class _Run:
 
     def steps(self, first: int) -> Outcome:
         total, saved = self.curriculum.total_steps, first
-        scheduler, segment = None, None
+        rates = LearningRate(self.model.optimizer, self.recipe.optimizer, self.curriculum)
         for step in range(first, total):
-            if segment != (segment := self.curriculum.segment(step)) or scheduler is None:
-                scheduler = lr_schedule(
-                    self.model.optimizer, self.recipe.optimizer, segment, self.recipe.router.lr
-                )
-                scheduler.step(step - segment.start)
-            scheduler.step(1)
-            self._one_step(step)
+            self._one_step(step, rates.set(step))
             done = step + 1
             last = done == total or self.stop.received is not None
             if last or _due(done, self.recipe.log.eval_interval):
@@ -120,7 +114,7 @@ class _Run:
             raise UserError("the recipe's stages have no steps; raise stages[].tokens")
         return Outcome(self.root, total, total, None)
 
-    def _one_step(self, step: int) -> None:
+    def _one_step(self, step: int, lr: float) -> None:
         began = time.perf_counter()
         place, model = self.curriculum.place(step), self.model
         batches = list(self._microbatches(step))
@@ -138,7 +132,6 @@ class _Run:
         )
         updated, grad_norm, _ = model.optimizer.step()
         sums = self._reduced(outputs)
-        groups = model.optimizer.param_groups
         line = {
             "step": step + 1,
             "stage": place.stage.name,
@@ -147,7 +140,7 @@ class _Run:
             "kd_loss": sums.get("kd_loss"),
             "router_loss": sums.get("router_loss"),
             "budget": _budget_field([b.budget for b in batches if b.budget is not None]),
-            "lr": next(float(g["lr"]) for g in groups if g["default_config"]),
+            "lr": lr,
             "grad_norm": float(grad_norm or 0.0),
             "step_ms": round(1e3 * (time.perf_counter() - began), 2),
         }

@@ -233,12 +233,16 @@ def test_derived_numbers(write: Write) -> None:
     assert recipe.budget_probabilities(recipe.stages[1]) == {"large": 0.7, "12": 0, "true": 0, "fast": 0.3}
     shown = describe(recipe)
     for expected in (
-        "7,948 steps of 12,582,912 tokens = 100,008,984,576; peak learning rate 0.0001",
-        "stages[1] two: 4 steps of 300 tokens = 1,200; peak learning rate 1e-05; budgets large 0.7, 12 0, true 0, fast 0.3",
+        "7,948 steps of 12,582,912 tokens = 100,008,984,576",
+        "peak learning rate 0.0001 after 60 warm-up steps = 754,974,720 tokens; budgets large 0.25",
+        "stages[1] two: 4 steps of 300 tokens = 1,200; peak learning rate 1e-05 after 60 warm-up steps",
+        "budgets large 0.7, 12 0, true 0, fast 0.3",
         "all stages: 7,952 steps, 100,008,985,776 tokens",
-        "warm-up: 60 steps, 754,974,720 tokens, 0.75% of stages[0]",
     ):
         assert expected in shown
+    assert "4 steps of 300 tokens = 1,200; learning-rate schedule goes on" in describe(
+        load("r.yaml", ["stages.1.lr="])
+    )
 
 
 def test_plain_training_and_foreign_teacher_need_no_budgets(write: Write) -> None:

@@ -1,0 +1,105 @@
+"""Importance scores as pure functions of activations: what one forward pass adds, and what the sums mean.
+
+Formulas are those of Nemotron Elastic (arXiv 2511.16664, section on importance) where it has one; where it
+has none the docstring says that the choice is ours. Every score is a function of sums over tokens, so nothing
+is kept but one float64 number per component: activations are summed in fp32 or better within a forward pass
+and in float64 across passes (all terms are non-negative, nothing cancels).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in fp32, or in its own type where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def abs_sum(x: Tensor) -> Tensor:
+    """[..., channels] -> [channels] float64: sum over tokens of the absolute value."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.flatten(0, -2).abs().sum(0, dtype=dtype).double()
+
+
+def square_sum(x: Tensor) -> Tensor:
+    """[..., channels] -> [channels] float64: sum over tokens of the square."""
+    return wide(x.flatten(0, -2)).square().sum(0).double()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension, for norms that are fused into a linear and have no output of their own."""
+    y = wide(x)
+    return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.to(y.dtype)
+
+
+def mamba_channels(zxbcdt: Tensor, heads: int, head_dim: int) -> Tensor:
+    """[heads, head_dim] float64: squares of the x rows of ``in_proj``'s output, summed over tokens.
+
+    Args:
+        zxbcdt: output of ``in_proj``, [..., z | x | B | C | dt].
+    """
+    inner = heads * head_dim
+    return square_sum(zxbcdt[..., inner : 2 * inner]).view(heads, head_dim)
+
+
+def mamba_states(zxbcdt: Tensor, conv: tuple[Tensor, Tensor | None], sizes: tuple[int, int, int]) -> Tensor:
+    """[2, groups, states] float64: squares of B and of C after convolution and SiLU, summed over tokens.
+
+    Args:
+        zxbcdt: output of ``in_proj`` over whole sequences, [sequence, batch, z | x | B | C | dt].
+        conv: weight [x | B | C, 1, taps] and bias [x | B | C] of the causal convolution.
+        sizes: (inner width of x, groups, states).
+    """
+    inner, groups, states = sizes
+    width = 2 * groups * states
+    bc = zxbcdt[..., 2 * inner : 2 * inner + width]
+    weight, bias = conv[0][inner:, 0], conv[1]
+    taps = weight.shape[-1]
+    # a depthwise convolution over few channels is bandwidth-bound: shifted sums beat the library's kernel
+    out = bc * weight[:, -1].to(bc.dtype)
+    for back in range(1, min(taps, bc.shape[0])):
+        out[back:] += bc[:-back] * weight[:, -1 - back].to(bc.dtype)
+    if bias is not None:
+        out += bias[inner:].to(bc.dtype)
+    return square_sum(torch.nn.functional.silu(out)).view(2, groups, states)
+
+
+def query_heads(qkv: Tensor, groups: int, heads: int, head_dim: int) -> Tensor:
+    """[heads] float64: squares of each head's query, summed over tokens and channels.
+
+    Args:
+        qkv: output of ``linear_qkv``, for each KV group its query heads, its key, its value.
+    """
+    per_group = heads // groups
+    squares = square_sum(qkv).view(groups, per_group + 2, head_dim)
+    return squares[:, :per_group].sum(-1).flatten()
+
+
+def head_dim_score(squares: Tensor) -> Tensor:
+    """[heads, head_dim] -> [head_dim]: s_d = ||s_{:,d}||_2 over tokens and heads; one order for all heads."""
+    return squares.sum(0).sqrt()
+
+
+def mamba_head_score(squares: Tensor, kept: int | None) -> Tensor:
+    """[heads, head_dim] -> [heads]: f_h = ||s_{h, kept channels}||_2 over tokens.
+
+    The kept channels are the ``kept`` best by ``head_dim_score``: those of the smallest submodel where
+    ``mamba_head_dim`` is elastic too; ``None`` keeps all.
+    """
+    if kept is not None:
+        best = head_dim_score(squares).sort(descending=True, stable=True).indices[:kept]
+        squares = squares[:, best]
+    return squares.sum(1).sqrt()
+
+
+def state_score(squares: Tensor) -> Tensor:
+    """[2, groups, states] -> [states]: sum over groups of ||B_n||_2 ||C_n||_2; one order for all groups.
+
+    Ours, the literature has none. All states of a head decay alike, so state n adds
+    C_n(t) * sum_s decay(t, s) B_n(s) x(s) to the output, which the product of the two norms over tokens
+    bounds; the product does not change when B_n is scaled by c and C_n by 1/c, which the model cannot see
+    either. The order is common because a slice takes the same states in every group.
+    """
+    return squares.sqrt().prod(0).sum(0)
