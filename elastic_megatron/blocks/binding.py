@@ -124,7 +124,7 @@ def _input_norm(layer: nn.Module, symbol: str) -> nn.Module:
     return fused
 
 
-def _expert_outputs(experts: nn.Module) -> list[nn.Module]:
+def _expert_outputs(experts: Any) -> list[nn.Module]:
     if hasattr(experts, "local_experts"):
         for expert in experts.local_experts:
             _refuse_fused(expert)

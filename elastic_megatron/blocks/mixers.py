@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .binding import Binding
 
+# algorithms whose statistics assume the same experts in every micro-batch
+_WHOLE_EXPERT_SET = {"sinkhorn", "quantile_balancing", "global_aux_loss"}
+
 
 class _MaskedConv(MambaContextParallel):
     """Hands out convolution parameters with the cut SSM states of C masked.
@@ -60,7 +63,8 @@ class ElasticTopKRouter(TopKRouter):
     binding: Binding | None = None
 
     def bind(self, binding: Binding) -> None:
-        if self.routing_type in ("sinkhorn", "quantile_balancing") or self.config.moe_router_fusion:
+        kinds = [self.routing_type] if isinstance(self.routing_type, str) else self.routing_type
+        if _WHOLE_EXPERT_SET & set(kinds) or self.config.moe_router_fusion:
             raise ValueError(
                 f"moe_router_load_balancing_type={self.routing_type!r} (fused: "
                 f"{self.config.moe_router_fusion}) cannot leave experts out; use 'none', 'aux_loss' or "
@@ -98,21 +102,24 @@ class ElasticTopKRouter(TopKRouter):
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Count tokens so that an expert absent from a micro-batch is neither over- nor underloaded.
 
-        The update rule compares each count with the mean over all experts. Adding to each count its deficit
-        against the mean, ``total / E - expected``, with ``expected`` the fair share among the experts that
-        were present, turns that comparison into count against fair share and stays additive over
-        micro-batches.
+        The update rule compares each count with the mean over all experts. Taking from each count the fair
+        share among the experts that were present makes the mean 0 and turns that comparison into count
+        against fair share; it stays additive over micro-batches. A dropped layer counts nothing.
         """
         kept = self._kept()
-        super()._apply_expert_bias(routing_map, padding_mask)
-        if kept is None or not (self.enable_expert_bias and torch.is_grad_enabled()):
+        keep = self.binding.get("keep") if self.binding is not None else None
+        if (kept is None and keep is None) or not (self.enable_expert_bias and torch.is_grad_enabled()):
+            super()._apply_expert_bias(routing_map, padding_mask)
             return
+        before = self.local_tokens_per_expert.clone()
+        super()._apply_expert_bias(routing_map, padding_mask)
         with torch.no_grad():
-            if padding_mask is not None:
-                routing_map = routing_map & (~padding_mask)
-            total = routing_map.sum().to(self.local_tokens_per_expert.dtype)
-            present = (kept > 0).to(self.local_tokens_per_expert.dtype)
-            self.local_tokens_per_expert += total / present.numel() - total * present / present.sum()
+            count = self.local_tokens_per_expert - before
+            if kept is not None:
+                count -= _fair_share(count, kept > 0)
+            if keep is not None:
+                count *= keep.to(count.dtype)
+            self.local_tokens_per_expert.copy_(before + count)
 
     def attach_and_log_load_balancing_loss(
         self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *args: Any, **kwargs: Any
@@ -124,4 +131,18 @@ class ElasticTopKRouter(TopKRouter):
         keep = self.binding.get("keep") if self.binding is not None else None
         if keep is not None:
             aux_loss = aux_loss * keep.detach()
-        return super().attach_and_log_load_balancing_loss(activation, aux_loss_coeff, aux_loss, *args, **kwargs)
+        return super().attach_and_log_load_balancing_loss(
+            activation, aux_loss_coeff, aux_loss, *args, **kwargs
+        )
+
+
+def _fair_share(count: Tensor, present: Tensor) -> Tensor:
+    """[experts]: the tokens split evenly among the experts that are present, 0 where all of them are.
+
+    In sixteenths of a token that sum to the tokens exactly: sums over experts and micro-batches then have no
+    rounding error, whose sign would move the bias of an expert that no micro-batch had.
+    """
+    sixteenths = 16 * count.long().sum()
+    number = present.sum()
+    share = sixteenths // number + (present.cumsum(0) <= sixteenths % number)
+    return torch.where(present.all(), 0, share * present).to(count.dtype) / 16

@@ -33,8 +33,7 @@ class ElasticHybridStack(HybridStack):
         self.space = space
         self.first_layer = pp_layer_offset
         self.bindings = [
-            attach(layer, symbol)
-            for layer, symbol in zip(self.layers, self.layer_type_list, strict=True)
+            attach(layer, symbol) for layer, symbol in zip(self.layers, self.layer_type_list, strict=True)
         ]
         self.final_binding = Binding()
         if self.post_process and self.post_layer_norm:
@@ -50,8 +49,7 @@ class ElasticHybridStack(HybridStack):
         finally:
             self._mix = before
 
-    def forward(self, hidden_states: Tensor | WrappedTensor, attention_mask: Tensor | None, *args: Any,
-                **kwargs: Any) -> Tensor:  # fmt: skip
+    def forward(self, hidden_states: Any, attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         """[s, b, hidden_size] in and out, as ``HybridStack.forward``."""
         mix = self._mix
         if mix is None:
@@ -69,9 +67,9 @@ class ElasticHybridStack(HybridStack):
                 stack.enter_context(binding.bound(layer_widths(mix, self.first_layer + i)))
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
 
-    def _recomputed(self, mix: SubmodelMix, hidden_states: Tensor, attention_mask: Tensor | None,
+    def _recomputed(self, mix: SubmodelMix, hidden_states: Any, attention_mask: Tensor | None,
                     rotary_pos_emb: Tensor | None = None, packed_seq_params: Any = None,
-                    padding_mask: Tensor | None = None, inference_context: Any = None) -> Tensor:  # fmt: skip
+                    padding_mask: Tensor | None = None, inference_context: Any = None) -> Any:  # fmt: skip
         """Full recomputation with the mix among the checkpoint's arguments (``recompute_method`` as stock)."""
         assert inference_context is None
         if not self.pre_process:
@@ -96,10 +94,11 @@ class ElasticHybridStack(HybridStack):
             return forward
 
         count, block = len(self.layers), self.config.recompute_method == "block"
-        step = 1 if block else self.config.recompute_num_layers
+        layers_each = self.config.recompute_num_layers or 1
+        step = 1 if block else layers_each
         for start in range(0, count, step):
             end = min(start + step, count)
-            if block and start >= self.config.recompute_num_layers:
+            if block and start >= layers_each:
                 hidden_states = run(start, end)(hidden_states, *tensors)
             else:
                 hidden_states = tensor_parallel.checkpoint(
@@ -110,7 +109,7 @@ class ElasticHybridStack(HybridStack):
         return hidden_states
 
 
-def elastic_stack(model: nn.Module) -> ElasticHybridStack:
+def elastic_stack(model: Any) -> ElasticHybridStack:
     """The elastic stack of a model, through DDP and precision wrappers."""
     while hasattr(model, "module"):
         model = model.module

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
+from .hf_read import side_files
 from .manifest import FILE, Manifest
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -42,7 +43,7 @@ def save(
         directory: the checkpoint root.
         optimizer: a Megatron optimizer, saved reshardable; ``None`` saves weights only.
         state: plain values to return from ``load`` (step, consumed samples, schedules).
-        hf_files: tokenizer and other side files of the Hugging Face directory, copied to ``hf/``.
+        hf_files: a Hugging Face directory whose tokenizer and other side files are copied to ``hf/``.
         keep_last: complete checkpoints to keep, 0 for all.
     """
     from megatron.core import dist_checkpointing
@@ -61,7 +62,9 @@ def save(
     if _main_rank():
         manifest.write(temporary / FILE)
         if hf_files is not None:
-            shutil.copytree(hf_files, temporary / "hf")
+            (temporary / "hf").mkdir()
+            for file in side_files(hf_files):
+                shutil.copy2(file, temporary / "hf")
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         _point(directory, iteration)
@@ -107,7 +110,9 @@ def newest(directory: Path) -> Path | None:
     path = directory / f"iter_{int(text):07d}" if text.isdigit() else None
     if path is None or not (path / FILE).exists():
         complete = ", ".join(p.name for p in _complete(directory)) or "none"
-        raise UserError(f"{tracker} says {text[:40]!r}, but complete checkpoints are: {complete}; correct the file")
+        raise UserError(
+            f"{tracker} says {text[:40]!r}, but complete checkpoints are: {complete}; correct the file"
+        )
     return path
 
 

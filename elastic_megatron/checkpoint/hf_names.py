@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..space import ParentShape, TensorLayout, ends, tensors_of
 from .slice import locate
 
-HEAD = ends(tied=False)[-1].hf
+HEAD = ends(tied=False)[-1].hf or ""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,6 @@ def to_hf(parent: ParentShape, name: str, tensor: Tensor) -> list[tuple[str, Ten
     tensors = [tensor] if layout.hf else _split(layout, sizes, tensor)
     out = list(zip(names, tensors, strict=True))
     if parent.tie_embeddings and layout.role == "lookup":
-        assert HEAD is not None
         out.append((HEAD, tensor.clone()))
     return out
 

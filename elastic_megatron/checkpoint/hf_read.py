@@ -67,12 +67,12 @@ class HFDirectory:
             def read(name: str) -> Tensor:
                 return shards[self.where[name]].get_tensor(name)
 
-            if self.manifest.shape.tie_embeddings and HEAD in self.where:
-                if not torch.equal(read(HEAD), read(_EMBEDDING)):
-                    raise UserError(
-                        f"{self.path}: tie_word_embeddings is true, but lm_head.weight differs from the "
-                        "embedding; set it to false in config.json"
-                    )
+            tied = self.manifest.shape.tie_embeddings and HEAD in self.where
+            if tied and not torch.equal(read(HEAD), read(_EMBEDDING)):
+                raise UserError(
+                    f"{self.path}: tie_word_embeddings is true, but lm_head.weight differs from the embedding; "
+                    "set it to false in config.json"
+                )
             yield from from_hf(self.manifest.shape, read)
 
 
@@ -127,7 +127,9 @@ def _shards(directory: Path) -> list[Path]:
     index, single = directory / INDEX, directory / SINGLE
     if not index.exists():
         if not single.exists():
-            raise UserError(f"{directory} has neither {INDEX} nor {SINGLE}; copy the weights (safetensors) there")
+            raise UserError(
+                f"{directory} has neither {INDEX} nor {SINGLE}; copy the weights (safetensors) there"
+            )
         return [single]
     names = _read_json(index, "").get("weight_map")
     if not isinstance(names, dict):

@@ -100,9 +100,13 @@ def _check_request(
     directory: Path, manifest: Manifest, elastic: bool, plain_order: bool, submodel: str | None
 ) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} already exists and is not empty; choose another destination or remove it")
+        raise UserError(
+            f"{directory} already exists and is not empty; choose another destination or remove it"
+        )
     if (elastic or submodel is not None) and manifest.space is None:
-        raise UserError("the model is not elastic and has no submodels; export it without --submodel and --elastic")
+        raise UserError(
+            "the model is not elastic and has no submodels; export it without --submodel and --elastic"
+        )
     if elastic and plain_order:
         raise UserError("--elastic keeps the stored order, which --plain-order undoes; choose one of them")
 
@@ -128,12 +132,16 @@ def _checked(shape: ParentShape, state: Iterable[Named]) -> Iterator[Named]:
         local = layout.name.format(e=expert)
         local = local if layer is None else f"decoder.layers.{layer}.{local}"
         if local not in pending:
-            raise UserError(f"tensor {name!r} comes twice, or expert {expert} does not exist; the export is refused")
+            raise UserError(
+                f"tensor {name!r} comes twice, or expert {expert} does not exist; the export is refused"
+            )
         pending.remove(local)
         yield name, tensor
     if pending:
         first = min(pending)
-        raise UserError(f"tensor {first!r} is missing ({len(pending)} in all); the model to export is incomplete")
+        raise UserError(
+            f"tensor {first!r} is missing ({len(pending)} in all); the model to export is incomplete"
+        )
 
 
 def _plain_orders(space: ElasticSpace, shape: ParentShape) -> dict[str | tuple[int, str], list[int]]:

@@ -76,7 +76,9 @@ class Manifest:
                 versions=data["versions"],
             )
         except (KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{source} is damaged ({type(e).__name__}: {e}); restore it from a backup") from None
+            raise UserError(
+                f"{source} is damaged ({type(e).__name__}: {e}); restore it from a backup"
+            ) from None
         for name, spec in submodels.items():
             if space is not None:
                 space.check(spec, f"{source}: submodel {name}")

@@ -47,5 +47,9 @@ def open_source(path: Path) -> Source:
             assert not missing.unexpected_keys, missing.unexpected_keys
 
         return Source(path, directory.manifest, fill, path)
-    what = "does not exist" if not path.exists() else "is neither a Megatron checkpoint nor a Hugging Face directory"
+    what = (
+        "does not exist"
+        if not path.exists()
+        else "is neither a Megatron checkpoint nor a Hugging Face directory"
+    )
     raise UserError(f"{path} {what}; give a run folder, an iter_* folder or a directory with config.json")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +116,7 @@ class _Data:
         return count, hashlib.sha256(words.tobytes()).hexdigest()
 
 
-def _decoder(model: nn.Module) -> nn.Module:
+def _decoder(model: Any) -> Any:
     while hasattr(model, "module"):
         model = model.module
     return model.decoder

@@ -28,7 +28,7 @@ class _Skipped(nn.Module):
 
 
 @contextmanager
-def without(decoder: nn.Module, layers: Sequence[int]) -> Iterator[None]:
+def without(decoder: Any, layers: Sequence[int]) -> Iterator[None]:
     """Forward passes inside this context skip ``layers`` and spend no time on them."""
     kept = {j: decoder.layers[j] for j in layers}
     for j, layer in kept.items():
@@ -53,7 +53,7 @@ def squared_error(reference: Tensor, other: Tensor) -> Tensor:
 
 def depth_ranking(
     logits: Callable[[Batch], Tensor],
-    decoder: nn.Module,
+    decoder: Any,
     batches: Sequence[Batch],
     *,
     iterative: bool,
@@ -91,7 +91,7 @@ def depth_ranking(
 
 def _errors(
     logits: Callable[[Batch], Tensor],
-    decoder: nn.Module,
+    decoder: Any,
     batches: Sequence[Batch],
     candidates: Sequence[int],
     dropped: Sequence[int],

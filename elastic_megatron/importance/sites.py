@@ -18,7 +18,7 @@ Watch = Callable[[nn.Module, tuple[Any, ...], Any], None]
 
 
 @contextmanager
-def watching(decoder: nn.Module, parent: ParentShape, axes: Collection[str], sums: Sums) -> Iterator[None]:
+def watching(decoder: Any, parent: ParentShape, axes: Collection[str], sums: Sums) -> Iterator[None]:
     """Forward passes of ``decoder`` inside this context add to ``sums``.
 
     Hooks see module outputs only and change none, so the model computes what it computes without them.
@@ -35,7 +35,7 @@ def watching(decoder: nn.Module, parent: ParentShape, axes: Collection[str], sum
 
 
 def _sites(
-    decoder: nn.Module, parent: ParentShape, axes: frozenset[str], sums: Sums
+    decoder: Any, parent: ParentShape, axes: frozenset[str], sums: Sums
 ) -> Iterator[tuple[nn.Module, Watch]]:
     if "hidden_size" in axes:
         yield decoder.final_norm, _norm_output(sums)
@@ -57,7 +57,7 @@ def _norm_output(sums: Sums) -> Watch:
     return watch
 
 
-def _input_norm(layer: nn.Module, symbol: str, sums: Sums) -> tuple[nn.Module, Watch]:
+def _input_norm(layer: Any, symbol: str, sums: Sums) -> tuple[nn.Module, Watch]:
     """The module that normalises a layer's input, found by the name of its weight in the fact table."""
     parameters = dict(layer.named_parameters())
     name = next(n for n in (BLOCKS[symbol][0].name, *BLOCKS[symbol][0].aliases) if n in parameters)
@@ -66,7 +66,7 @@ def _input_norm(layer: nn.Module, symbol: str, sums: Sums) -> tuple[nn.Module, W
     if attribute == "weight":
         return module, _norm_output(sums)
 
-    def fused(linear: nn.Module, args: tuple[Any, ...], _: Any) -> None:
+    def fused(linear: Any, args: tuple[Any, ...], _: Any) -> None:
         weight, eps = linear.layer_norm_weight, layer.config.layernorm_epsilon
         if layer.config.layernorm_zero_centered_gamma:
             weight = weight + 1
@@ -83,7 +83,7 @@ def _abs_output(sums: Sums, key: str, index: int | None = None) -> Watch:
 
 
 def _mamba(
-    layer: nn.Module, prefix: str, axes: frozenset[str], parent: ParentShape, sums: Sums
+    layer: Any, prefix: str, axes: frozenset[str], parent: ParentShape, sums: Sums
 ) -> Iterator[tuple[nn.Module, Watch]]:
     heads, head_dim = parent.mamba_num_heads, parent.mamba_head_dim
     sizes = (heads * head_dim, parent.mamba_num_groups, parent.mamba_state_dim)
@@ -103,7 +103,7 @@ def _mamba(
 
 
 def _attention(
-    layer: nn.Module, prefix: str, axes: frozenset[str], parent: ParentShape, sums: Sums
+    layer: Any, prefix: str, axes: frozenset[str], parent: ParentShape, sums: Sums
 ) -> Iterator[tuple[nn.Module, Watch]]:
     sizes = (parent.num_query_groups, parent.num_attention_heads, parent.kv_channels)
 
@@ -115,7 +115,7 @@ def _attention(
 
 
 def _dense(
-    layer: nn.Module, prefix: str, axes: frozenset[str], _: ParentShape, sums: Sums
+    layer: Any, prefix: str, axes: frozenset[str], _: ParentShape, sums: Sums
 ) -> Iterator[tuple[nn.Module, Watch]]:
     if "ffn_hidden_size" in axes:
         _refuse_fused(layer.mlp)
@@ -123,7 +123,7 @@ def _dense(
 
 
 def _experts(
-    layer: nn.Module, prefix: str, axes: frozenset[str], _: ParentShape, sums: Sums
+    layer: Any, prefix: str, axes: frozenset[str], _: ParentShape, sums: Sums
 ) -> Iterator[tuple[nn.Module, Watch]]:
     experts, shared = layer.mlp.experts, "moe_shared_expert_intermediate_size"
 
@@ -146,7 +146,7 @@ def _experts(
         yield layer.mlp.shared_experts.linear_fc1, _abs_output(sums, prefix + shared)
 
 
-def _expert_channels(experts: nn.Module, key: str, sums: Sums) -> Iterator[tuple[nn.Module, Watch]]:
+def _expert_channels(experts: Any, key: str, sums: Sums) -> Iterator[tuple[nn.Module, Watch]]:
     """First projections of the routed experts: one module each, or one grouped GEMM for all."""
     if hasattr(experts, "local_experts"):
         for e, expert in enumerate(experts.local_experts):

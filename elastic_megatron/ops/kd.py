@@ -7,7 +7,13 @@ from torch import Tensor
 
 
 def distillation_loss(
-    student: Tensor, teacher: Tensor | None, labels: Tensor, *, kind: str, temperature: float, ce_weight: float
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    *,
+    kind: str,
+    temperature: float,
+    ce_weight: float,
 ) -> tuple[Tensor, Tensor | None]:
     """Loss of every token, and its distillation part.
 

@@ -18,7 +18,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--out", type=Path, metavar="FILE", help="page to write (default: RUN_DIR/report.html)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, nothing else")
-    parser.set_defaults(run=run)
+    parser.set_defaults(handler=run)
     return parser
 
 

@@ -5,10 +5,14 @@ module globals of this process only; where CUDA is available :func:`adapt` refus
 """
 
 import contextlib
+import ctypes
 import functools
 import logging
+import multiprocessing
+import signal
 import warnings
 from collections.abc import Callable, Iterator
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
@@ -20,6 +24,25 @@ _FACTORIES = (
     "arange as_tensor empty empty_like full full_like ones ones_like rand randint randn tensor zeros zeros_like"
 ).split()
 _installed: list[str] = []
+
+NOISE = (
+    "Apex is not installed",
+    "Transformer Engine and Apex are not installed",
+    "full scope is deprecated",
+    "MimoModelConfig is experimental",
+    r"The \.grad attribute of a Tensor that is not a leaf Tensor",
+    "`torch.distributed.reduce_scatter_tensor` is deprecated",
+    "`torch.distributed.all_gather_into_tensor` is deprecated",
+    "torch.distributed is disabled, unavailable or uninitialized",
+    "The argument order of load has been changed",
+    "Please use DTensor instead",
+    "invalid escape sequence",
+)
+NOISY_LOGGERS = (
+    "megatron.core.distributed.distributed_data_parallel",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "torch.utils.cpp_extension",
+)
 
 
 def adapt() -> tuple[str, ...]:
@@ -37,10 +60,24 @@ def adapt() -> tuple[str, ...]:
     return tuple(_installed)
 
 
-def quiet_imports() -> None:
-    """Warnings about missing Apex, Transformer Engine and CUDA extras, on which a CPU user cannot act."""
-    for message in (".*[Aa]pex is not installed.*", ".*ransformer.?[Ee]ngine.*not installed.*"):
+def quiet_upstream() -> None:
+    """Warnings on which a CPU user cannot act: missing Apex and Transformer Engine, deprecations between Megatron and
+    torch.  Each one is listed in ``NOISE``; errors and everything else still show."""
+    for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def keep_freed_memory() -> None:
+    """glibc gives freed activations back to the system and takes fresh pages for the next ones: page faults are a
+    tenth of a small training step.  Up to 2 GiB of freed heap stay; a C library without ``mallopt`` is left alone."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # <malloc.h>
+        mallopt(mmap_threshold, 32 << 20)
+        mallopt(trim_threshold, (2 << 30) - 1)
+        mallopt(top_pad, 64 << 20)
 
 
 def eager_instead_of_compiled() -> None:
@@ -195,8 +232,24 @@ def adam_with_group_step() -> None:
         module.HAVE_APEX_OR_TE = module.USING_APEX_OPTIMIZER = True
 
 
+def checkpoint_queue_by_fork() -> None:
+    """``dist_checkpointing/strategies/filesystem_async.py`` starts the server of its result queue with ``spawn``: the
+    first save imports torch and the main script again, 5 to 25 s.  A fork does not, and may be taken without CUDA."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async as module
+
+    def queue(mp_mode: str = "fork") -> Any:
+        if module._results_queue is None:
+            manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+            manager.start(initializer=_die_with_parent)
+            module._results_queue = manager.Queue()
+        return module._results_queue
+
+    module.get_write_results_queue = queue
+
+
 ADAPTATIONS: tuple[Callable[[], None], ...] = (
-    quiet_imports,
+    quiet_upstream,
+    keep_freed_memory,
     eager_instead_of_compiled,
     current_device_is_cpu,
     cuda_literals_mean_cpu,
@@ -207,6 +260,7 @@ ADAPTATIONS: tuple[Callable[[], None], ...] = (
     split_sizes_as_numpy,
     latent_projections_in_torch,
     adam_with_group_step,
+    checkpoint_queue_by_fork,
 )
 
 
@@ -224,6 +278,13 @@ def _with_cpu_device(factory: Callable[..., torch.Tensor]) -> Callable[..., torc
         return factory(*args, **kwargs)
 
     return wrapper
+
+
+def _die_with_parent() -> None:
+    """A forked server holds its parent's sockets; were it to outlive a killed rank, the others would wait for it."""
+    PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _sharded_gated_norm() -> type:

@@ -74,10 +74,11 @@ def start(
         # communication relies on; it must be set before CUDA starts.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not from_cuda:
-        adapt()
-        # Soft router masks decay into denormals, which slow GEMMs up to 3.5 times.  The flag is per
-        # thread and inherited at thread creation, so it must precede the first parallel operation.
+        # Soft router masks decay into denormals, which slow training up to 3.5 times.  The flag belongs to a
+        # thread, and a thread inherits it from its creator: set before torch's first parallel operation it
+        # holds in every intra-op thread, set later only in this one.
         torch.set_flush_denormal(True)
+        adapt()
     runtime = _init_distributed(from_cuda, init_timeout_seconds)
     _init_model_parallel(sizes, init_timeout_seconds)
     _running = (runtime, sizes)

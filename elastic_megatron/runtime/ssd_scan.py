@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_BLOCK_ELEMENTS = 160_000  # of one fp32 tensor: four to six of them live in a 2 MiB cache
+_BLOCK_ELEMENTS = 262_144  # of one tensor; a few of them share the cache
 
 
 class ChunkScan(torch.autograd.Function):
@@ -70,9 +70,10 @@ class ChunkScan(torch.autograd.Function):
         for rows, group in _blocks(x):
             d_scan = d_out[rows, :, :, group]
             if z is not None:
-                d_scan, d_z[rows, :, :, group] = _gate_backward(
-                    d_scan, *_gate_block(scan, x, D, z, rows, group)
+                d_scan = _gate_backward(
+                    d_scan, *_gate_block(scan, x, D, z, rows, group), d_z=d_z[rows, :, :, group]
                 )
+            d_block_x = d_x[rows, :, :, group]
             grads = _backward_block(
                 *(t[rows, :, :, group] for t in (x, dt, a, B, C)),
                 enter=enter[rows, :, group],
@@ -80,13 +81,14 @@ class ChunkScan(torch.autograd.Function):
                 scan=scan[rows, :, :, group],
                 d_scan=d_scan,
                 d_final=None if d_final is None else d_final[rows, group],
+                d_x=d_block_x,
             )
             if D is not None:
-                grads[0].addcmul_(d_scan, D[group])
+                d_block_x.addcmul_(d_scan, D[group])
                 d_D[group] += (d_scan * x[rows, :, :, group]).sum((0, 1, 2)).sum_to_size(D[group].shape)
-            for whole, part in zip((d_x, d_dt, d_a, d_B, d_C), grads, strict=False):
+            for whole, part in zip((d_dt, d_a, d_B, d_C), grads, strict=False):
                 whole[rows, :, :, group] = part
-            d_state[rows, group] = grads[5]
+            d_state[rows, group] = grads[4]
         return d_x, d_dt, d_a, d_B, d_C, d_D, d_z, d_state
 
 
@@ -126,9 +128,9 @@ def _forward_block(
 
 def _backward_block(
     x: Tensor, dt: Tensor, a: Tensor, B: Tensor, C: Tensor, *,
-    enter: Tensor, final: Tensor, scan: Tensor, d_scan: Tensor, d_final: Tensor | None,
+    enter: Tensor, final: Tensor, scan: Tensor, d_scan: Tensor, d_final: Tensor | None, d_x: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of ``x, dt, a, B, C, state``.
+    """Fill ``d_x`` and return the gradients of ``dt, a, B, C, state``.
 
     The gradient of ``cum`` needs no ``[q, q]`` pass: ``cum_i`` multiplies all of ``y_i`` and divides all
     that ``x_i`` feeds, so it is ``dy_i . y_i - dt_i x_i . d(dt_i x_i)``; the last one of a chunk also
@@ -153,14 +155,15 @@ def _backward_block(
     d_B += d_scores.mT @ C
     d_fed = (B @ d_injected).unflatten(-1, x.shape[-2:]).transpose(2, 3)  # Ncqgrp
 
-    d_x = torch.addcmul(d_within.permute(0, 1, 4, 2, 3, 5), d_fed, to_end[..., None])  # of dt x
+    torch.addcmul(d_within.permute(0, 1, 4, 2, 3, 5), d_fed, to_end[..., None], out=d_x)  # of dt x
     d_dt = (d_x * x).sum(-1)
     d_cum = (d_scan * scan).sum(-1).sub_(dt * d_dt)
     d_cum[:, :-1, -1] += (d_after[:, :-1] * enter[:, 1:]).sum((3, 5))
     if d_final is not None:
         d_cum[:, -1, -1] += (d_final * final).sum((2, 4))
     d_a = d_cum.flip(2).cumsum(2).flip(2)
-    return d_x * dt[..., None], d_dt, d_a, d_B.transpose(2, 3), d_C.transpose(2, 3), d_state
+    d_x.mul_(dt[..., None])
+    return d_dt, d_a, d_B.transpose(2, 3), d_C.transpose(2, 3), d_state
 
 
 def _chunk_weights(cum: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,8 +225,9 @@ def _skip_and_gate(scan: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None, 
 
 
 def _gate_backward(
-    d_out: Tensor, scan: Tensor, x: Tensor, D: Tensor | None, z: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of ``scan + D * x`` and of ``z``."""
+    d_out: Tensor, scan: Tensor, x: Tensor, D: Tensor | None, z: Tensor, *, d_z: Tensor
+) -> Tensor:
+    """Fill ``d_z`` and return the gradient of ``scan + D * x``."""
     value = scan if D is None else torch.addcmul(scan, x, D)
-    return d_out * F.silu(z), torch.ops.aten.silu_backward(d_out * value, z)
+    torch.ops.aten.silu_backward.grad_input(d_out * value, z, grad_input=d_z)
+    return d_out * F.silu(z)

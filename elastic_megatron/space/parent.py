@@ -192,8 +192,10 @@ class ParentShape:
                 sizes = {k: v for k, v in sizes.items() if not k.startswith(prefixes)}
         if "-" not in pattern:
             sizes["ffn_hidden_size"] = 0
-        if "hidden_size" not in sizes or "vocab_size" not in sizes:
-            raise UserError("config.json lacks hidden_size or vocab_size; it is not a complete nemotron_h config")
+        if not sizes.get("hidden_size") or not sizes.get("vocab_size"):
+            raise UserError(
+                "config.json lacks hidden_size or vocab_size; it is not a complete nemotron_h config"
+            )
         return cls(hybrid_layer_pattern=pattern, **sizes)
 
     def to_hf(self) -> dict[str, Any]:
@@ -202,7 +204,7 @@ class ParentShape:
         ``expand`` is written only where the sizes imply a whole number: transformers accepts nothing else there
         and reads the inner width from the head sizes. Layer types are in all three spellings that loaders read.
         """
-        out: dict[str, Any] = {axis(n).hf: getattr(self, n) for n in _HF_AXES if getattr(self, n)}
+        out: dict[str, Any] = {axis(n).hf: self.size(n) for n in _HF_AXES if self.size(n)}
         out |= {hf: getattr(self, ours) for ours, hf in _HF_FIELDS.items() if getattr(self, ours) != 0}
         out["tie_word_embeddings"] = self.tie_embeddings
         out["hybrid_override_pattern"] = self.hybrid_layer_pattern

@@ -103,5 +103,3 @@ def build_teacher(recipe: Recipe, source: Source) -> nn.Module | None:
     teacher = build_model(chosen.manifest.shape, dtype=DTYPES[recipe.model.dtype])
     chosen.fill(teacher)
     return teacher.requires_grad_(False).eval()
-
-

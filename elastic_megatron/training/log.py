@@ -22,7 +22,15 @@ class RunLog:
     """
 
     def __init__(
-        self, run_dir: Path, *, title: str, total: int, resumed_at: int, interval: int, tensorboard: bool, active: bool
+        self,
+        run_dir: Path,
+        *,
+        title: str,
+        total: int,
+        resumed_at: int,
+        interval: int,
+        tensorboard: bool,
+        active: bool,
     ) -> None:
         self.active = active
         if not active:

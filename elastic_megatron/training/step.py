@@ -37,7 +37,9 @@ class ForwardStep:
     is weighted by the micro-batch's tokens alike.
     """
 
-    def __init__(self, recipe: Recipe, router: BudgetRouter | None, teacher: nn.Module | None, total_steps: int):
+    def __init__(
+        self, recipe: Recipe, router: BudgetRouter | None, teacher: nn.Module | None, total_steps: int
+    ):
         self.loss = recipe.loss
         self.settings = recipe.router
         self.router = router
@@ -49,7 +51,10 @@ class ForwardStep:
 
     def temperatures(self, step: int) -> dict[str, float]:
         """Gumbel temperature and logit scale at a step of the whole run."""
-        return {"tau": self.tau.at(step, self.total_steps), "logit_scale": self.scale.at(step, self.total_steps)}
+        return {
+            "tau": self.tau.at(step, self.total_steps),
+            "logit_scale": self.scale.at(step, self.total_steps),
+        }
 
     def __call__(self, iterator: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         batch = next(iterator)

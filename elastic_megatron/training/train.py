@@ -36,12 +36,16 @@ VERSIONED = ("torch", "megatron-core", "transformers", "elastic-megatron")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of ``train`` ended: ``interrupted`` names the signal after which it saved and left."""
+    """How a call of ``train`` ended: ``interrupted`` names the signal after which it saved and left.
+
+    ``main`` is true on the one rank that talks to people.
+    """
 
     checkpoint: Path
     step: int
     total_steps: int
     interrupted: signal.Signals | None
+    main: bool
 
 
 def train(recipe: Recipe) -> Outcome:
@@ -66,7 +70,7 @@ def train(recipe: Recipe) -> Outcome:
     saved = distributed.newest(root)
     state = distributed.load(saved, model.bare, optimizer=model.optimizer) if saved else {"step": 0}
     first = int(state["step"])
-    manifest = replace(manifest, space=space, budgets=budgets(recipe), versions=_versions())
+    manifest = replace(manifest, space=space, budgets=budgets(recipe), versions=versions())
     main = place.rank == 0
     if main:
         recipe.run_dir.mkdir(parents=True, exist_ok=True)
@@ -99,22 +103,24 @@ class _Run:
         total, saved = self.curriculum.total_steps, first
         rates = LearningRate(self.model.optimizer, self.recipe.optimizer, self.curriculum)
         for step in range(first, total):
-            self._one_step(step, rates.set(step))
+            stopping = self._one_step(step, rates.set(step))
             done = step + 1
-            last = done == total or self.stop.received is not None
-            if last or _due(done, self.recipe.log.eval_interval):
-                self._report(done)
+            last = done == total or stopping
             if last or _due(done, self.recipe.checkpoint.interval):
                 self._save(done)
                 saved = done
-            if self.stop.received is not None and done < total:
-                self.log.say(f"{self.stop.received.name}: saved step {done}; run the same command to continue")
-                return Outcome(self.root, done, total, self.stop.received)
+            if last or _due(done, self.recipe.log.eval_interval):
+                self._report(done)
+            if stopping and done < total:
+                received = self.stop.received or signal.SIGTERM
+                self.log.say(f"{received.name}: saved step {done}; run the same command to continue")
+                return Outcome(self.root, done, total, received, self.log.active)
         if saved == 0:
             raise UserError("the recipe's stages have no steps; raise stages[].tokens")
-        return Outcome(self.root, total, total, None)
+        return Outcome(self.root, total, total, None, self.log.active)
 
-    def _one_step(self, step: int, lr: float) -> None:
+    def _one_step(self, step: int, lr: float) -> bool:
+        """One optimiser step; returns whether any rank was asked to stop, so that all stop together."""
         began = time.perf_counter()
         place, model = self.curriculum.place(step), self.model
         batches = list(self._microbatches(step))
@@ -147,6 +153,7 @@ class _Run:
         if not updated or line["loss"] != line["loss"]:
             line["skipped"] = True
         self.log.step(line)
+        return sums["stop"] > 0
 
     def _microbatches(self, step: int) -> Iterator[MicroBatch]:
         place, rank, world = self.curriculum.place(step), self.groups.dp.rank(), self.groups.dp.size()
@@ -186,11 +193,12 @@ class _Run:
         return self.datasets[index]
 
     def _reduced(self, outputs: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Per-token means over the global batch."""
-        names = list(outputs[0])
-        sums = torch.stack([sum(o[n].double() for o in outputs) for n in names])  # type: ignore[misc]
+        """Per-token means over the global batch, and ``stop``: did a rank receive a signal?"""
+        asked = torch.tensor(float(self.stop.received is not None), dtype=torch.float64, device=self.device)
+        rows = {n: sum(o[n].double() for o in outputs) for n in outputs[0]} | {"stop": asked}
+        sums = torch.stack(list(rows.values()))  # type: ignore[arg-type]
         torch.distributed.all_reduce(sums, group=self.groups.dp_cp)
-        values = dict(zip(names, sums.tolist(), strict=True))
+        values = dict(zip(rows, sums.tolist(), strict=True))
         return {n: v / values["tokens"] for n, v in values.items() if n != "tokens"}
 
     def submodels(self) -> dict[str, SubmodelSpec]:
@@ -204,11 +212,14 @@ class _Run:
         """Evaluate every submodel, and log what the router chooses."""
         submodels = self.submodels()
         if self.model.router is not None:
-            self.log.event("router", router_line(
-                self.model.router, submodels, done, **self.forward_step.temperatures(done - 1)
-            ))
+            self.log.event(
+                "router",
+                router_line(self.model.router, submodels, done, **self.forward_step.temperatures(done - 1)),
+            )
         if self.windows:
-            results = evaluate(self.model.bare, self.model.space, submodels, self.windows)
+            results = evaluate(
+                self.model.bare, self.model.space, submodels, self.windows, group=self.groups.dp_cp
+            )
             tokens = self.curriculum.tokens_after(done)
             self.log.event("eval", {"step": done, "tokens": tokens, "submodels": results})
             shown = "  ".join(f"{n} {r['loss']:.4f}" for n, r in results.items())
@@ -241,10 +252,11 @@ def _eval_windows(recipe: Recipe) -> list[Tensor]:
         cache_dir=recipe.data.cache or recipe.run_dir / "cache",
         tokenizer_eod=2,
     )
-    return [dataset[i]["tokens"] for i in range(min(count, len(dataset)))]
+    return [torch.as_tensor(dataset[i]["tokens"]) for i in range(min(count, len(dataset)))]
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a run's numbers."""
     return {name: importlib.metadata.version(name) for name in VERSIONED}
 
 

@@ -1,0 +1,40 @@
+# Two commands do everything, set-up included: `make quickstart` and `make test`.
+SHELL := /bin/bash
+UV := $(shell command -v uv || echo .tools/bin/uv)
+# A real Python 3.12: on PATH, else the newest of pyenv, else whatever uv finds or downloads.
+PY312 := $(shell (python3.12 -c 'import sys; print(sys.executable)' || ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/python3.12 | tail -1) 2>/dev/null)
+PYTHON_ARG := $(if $(PY312),--python $(PY312))
+BIN := .venv/bin
+
+.PHONY: setup quickstart test lint types check lock clean
+setup: .venv/.ok
+
+.tools/bin/uv:
+	python3 -m venv .tools
+	.tools/bin/pip install -q 'uv>=0.9'
+
+.venv/.ok: pyproject.toml uv.lock $(filter .tools/%,$(UV))
+	$(UV) sync --frozen $(PYTHON_ARG)
+	@touch $@
+
+quickstart: setup
+	$(BIN)/elastic-megatron quickstart
+
+# OMP_NUM_THREADS=1: threads that spin while other work runs cost far more than they bring
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/pyright
+
+check: lint types test
+
+lock: $(filter .tools/%,$(UV))
+	$(UV) lock $(PYTHON_ARG)
+
+clean:
+	rm -rf .venv .tools quickstart build *.egg-info

@@ -1,0 +1,37 @@
+"""``elastic-megatron train RECIPE``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """``RECIPE [key=value ...] [--json]``, the arguments of every command that runs a recipe."""
+    parser.add_argument("recipe", type=Path, help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the file's")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "train", help="train the recipe's stages; run it again to resume from the newest checkpoint"
+    )
+    add_recipe_arguments(parser)
+    parser.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Train. After a signal the run is saved and the exit status is 128 + its number."""
+    from ..recipe import load
+    from ..training.train import train
+
+    outcome = train(load(args.recipe, args.overrides))
+    if outcome.interrupted is not None:
+        raise SystemExit(128 + outcome.interrupted)
+    if args.json:
+        return {"checkpoint": str(outcome.checkpoint), "step": outcome.step}
+    if outcome.main:
+        print(f"trained {outcome.step} steps; checkpoint in {outcome.checkpoint}")
+    return None

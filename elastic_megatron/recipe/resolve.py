@@ -1,0 +1,95 @@
+"""From a recipe or a model directory to shapes, spaces and budgets, without torch: sizes need no weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.manifest import FILE, Manifest
+from ..errors import UserError
+from ..space import Budget, ElasticSpace, ParentShape
+from .schema import Recipe
+
+CONFIG = "config.json"
+ELASTIC_CONFIG = "elastic_config.json"
+_TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def parent_manifest(recipe: Recipe) -> Manifest:
+    """What is known of the recipe's parent: from ``model.sizes``, ``model.hf`` or ``model.checkpoint``.
+
+    Raises ``UserError`` where the directory or its description is missing or damaged.
+    """
+    model = recipe.model
+    if model.sizes is not None:
+        return Manifest(shape=ParentShape.from_dict(model.sizes.model_dump()))
+    if model.hf is not None:
+        return hf_manifest(model.hf)
+    assert model.checkpoint is not None, "the recipe checks that one of hf, checkpoint and sizes is there"
+    return checkpoint_manifest(model.checkpoint)
+
+
+def hf_manifest(path: Path) -> Manifest:
+    """Description of a Hugging Face directory (or of the ``config.json`` in it), with its submodels if elastic."""
+    config = path if path.name == CONFIG else path / CONFIG
+    elastic = config.with_name(ELASTIC_CONFIG)
+    if elastic.exists():
+        return Manifest.read(elastic)
+    data = _read_config(config)
+    return Manifest(shape=ParentShape.from_hf(data), hf_config=data)
+
+
+def checkpoint_manifest(path: Path) -> Manifest:
+    """Description of a Megatron checkpoint: an ``iter_*`` folder, a checkpoint root or a run folder."""
+    if (path / FILE).exists():
+        return Manifest.read(path / FILE)
+    for root in (path, path / "checkpoints"):
+        if (root / _TRACKER).exists():
+            iteration = (root / _TRACKER).read_text().strip()
+            folder = root / f"iter_{int(iteration):07d}" if iteration.isdigit() else root
+            return Manifest.read(folder / FILE)
+    raise UserError(
+        f"model.checkpoint: {path} holds no checkpoint (yet); run the recipe that writes it first"
+    )
+
+
+def elastic_space(recipe: Recipe, manifest: Manifest) -> ElasticSpace | None:
+    """The space of the recipe over the manifest's model, in its stored order; ``None`` without choices.
+
+    A sorted checkpoint fixes lanes and the layer order, because its weights lie in them; the recipe may
+    still choose other widths. Raises ``UserError`` where the recipe's widths do not fit the model.
+    """
+    chosen = recipe.space
+    if not chosen.choices:
+        return manifest.space
+    lanes, order = dict(chosen.lanes), ()
+    if manifest.space is not None:
+        lanes |= {a: n for a, n in manifest.space.lanes if a in chosen.choices}
+        order = manifest.space.layer_order
+    return ElasticSpace.build(manifest.shape, chosen.choices, lanes, chosen.granule, chosen.per_layer, order)
+
+
+def budgets(recipe: Recipe) -> tuple[Budget, ...]:
+    """The recipe's budgets, in its order."""
+    out = []
+    for name, budget in recipe.budgets.items():
+        fields: dict[str, Any] = budget.model_dump()
+        if fields.get("table") is not None:
+            fields["table"] = str(fields["table"])
+        out.append(Budget(name=name, **fields))
+    return tuple(out)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text())
+    except OSError as e:
+        raise UserError(
+            f"{file} cannot be read ({e.strerror}); give a Hugging Face model directory"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{file} is no valid JSON ({e}); copy it again") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{file} holds a {type(data).__name__}, not an object; copy it again")
+    return data

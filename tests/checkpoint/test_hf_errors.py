@@ -1,0 +1,193 @@
+"""Bad directories, states and requests end in one line that says what, where and the remedy."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import manifest, parent, random_state, stored
+from safetensors.torch import save_file
+
+from elastic_megatron.checkpoint.hf import read_hf, slice_hf, to_hf, write_hf
+from elastic_megatron.checkpoint.manifest import Manifest
+from elastic_megatron.errors import UserError
+from elastic_megatron.space import SubmodelSpec
+
+SHARD = "model-00002-of-0000"
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    write_hf(tmp_path / "m", manifest(), random_state(parent()).items(), max_shard_bytes=20_000)
+    return tmp_path / "m"
+
+
+def _shard(d: Path) -> Path:
+    return next(d.glob(SHARD + "*"))
+
+
+def _config(**fields: object) -> Callable[[Path], object]:
+    def change(d: Path) -> None:
+        config = json.loads((d / "config.json").read_text())
+        (d / "config.json").write_text(json.dumps(config | fields))
+
+    return change
+
+
+def _tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+    """Put all tensors into one file, changed."""
+
+    def apply(d: Path) -> None:
+        tensors = stored(d)
+        change(tensors)
+        for file in d.glob("model*"):
+            file.unlink()
+        save_file(tensors, d / "model.safetensors")
+
+    return apply
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda d: (d / "config.json").unlink(), r"config\.json is missing"),
+    "broken config": (lambda d: (d / "config.json").write_text("{"), r"config\.json is no valid JSON"),
+    "list config": (lambda d: (d / "config.json").write_text("[]"), r"holds a list, not an object"),
+    "other model": (_config(model_type="llama"), r"model_type is 'llama'; only 'nemotron_h'"),
+    "latent experts": (_config(moe_latent_size=8), r"moe_latent_size=8"),
+    "other activation": (_config(mlp_hidden_act="silu"), r"mlp_hidden_act='silu'"),
+    "two patterns": (_config(hybrid_override_pattern="MEM*E-E"), r"contradicts itself"),
+    "quantised": (_config(quantization_config={"quant_algo": "FP8"}), r"is quantised"),
+    "no weights": (lambda d: [f.unlink() for f in d.glob("model*")], r"has neither model\.safetensors"),
+    "no shard": (lambda d: _shard(d).unlink(), SHARD + r"\d\.safetensors is missing \(1 of"),
+    "truncated": (lambda d: _shard(d).write_bytes(_shard(d).read_bytes()[:-9]), SHARD + r".*is truncated"),
+    "empty shard": (lambda d: _shard(d).write_bytes(b""), SHARD + r".*is truncated"),
+    "broken index": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), r"index\.json has no weight_map"),
+    "no tensor": (_tensors(lambda t: t.pop("backbone.layers.0.mixer.D")), r"'backbone\.layers\.0\.mixer\.D' is missing \(1"),
+    "no head": (_tensors(lambda t: t.pop("lm_head.weight")), r"'lm_head\.weight' is missing"),
+    "unknown tensor": (
+        _tensors(lambda t: t.update({"backbone.layers.0.mixer.in_proj.bias": torch.ones(2)})),
+        r"'backbone\.layers\.0\.mixer\.in_proj\.bias' belongs to no block",
+    ),
+    "next layer": (
+        _tensors(lambda t: t.update({"backbone.layers.7.norm.weight": torch.ones(16)})),
+        r"'backbone\.layers\.7\.norm\.weight' belongs to no block",
+    ),
+    "prediction heads": (
+        _tensors(lambda t: t.update({"mtp.layers.0.norm.weight": torch.ones(16)})),
+        r"1 multi-token-prediction tensors \(mtp\.layers\.0\.norm\.weight",
+    ),
+    "wrong shape": (
+        _tensors(lambda t: t.update({"backbone.norm_f.weight": torch.ones(15)})),
+        r"'backbone\.norm_f\.weight' has shape \[15\], the model's sizes say \[16\]",
+    ),
+    "other sizes": (_config(moe_intermediate_size=10), r"down_proj\.weight' has shape \[16, 12\].*say \[16, 10\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_directory(directory: Path, damage: str) -> None:
+    change, message = DAMAGE[damage]
+    read_hf(directory)
+    change(directory)
+    with pytest.raises(UserError, match=message) as error:
+        read_hf(directory)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_directory(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="absent is no directory"):
+        read_hf(tmp_path / "absent")
+
+
+def test_damaged_elastic_config(directory: Path) -> None:
+    (directory / "elastic_config.json").write_text('{"format_version": 99}')
+    with pytest.raises(UserError, match=r"elastic_config\.json has format_version 99"):
+        read_hf(directory)
+
+
+def test_tied_model_with_another_head(tmp_path: Path) -> None:
+    shape = parent(tie_embeddings=True)
+    write_hf(tmp_path / "m", Manifest(shape=shape), random_state(shape).items())
+    _tensors(lambda t: t["lm_head.weight"].add_(1))(tmp_path / "m")
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from the embedding"):
+        list(read_hf(tmp_path / "m").tensors())
+
+
+STATES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], list[tuple[str, torch.Tensor]]], str]] = {
+    "missing": (
+        lambda s: [p for p in s.items() if "A_log" not in p[0]],
+        r"'decoder\.layers\.0\.mixer\.A_log' is missing \(3 in all\)",
+    ),
+    "twice": (lambda s: [*s.items(), next(iter(s.items()))], r"'embedding\.word_embeddings\.weight' comes twice"),
+    "unknown": (lambda s: [*s.items(), ("budget_router.x", torch.ones(1))], r"'budget_router\.x' belongs to no block"),
+    "ninth expert": (
+        lambda s: [*s.items(), ("decoder.layers.1.mlp.experts.local_experts.8.linear_fc1.weight", torch.ones(12, 16))],
+        r"expert 8 does not exist",
+    ),
+    "misshapen": (
+        lambda s: list((s | {"decoder.final_norm.weight": torch.ones(4)}).items()),
+        r"'decoder\.final_norm\.weight' has shape \[4\], the model's sizes say \[16\]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("submodel", [None, "small"])
+@pytest.mark.parametrize("state", STATES)
+def test_incomplete_or_foreign_state(tmp_path: Path, state: str, submodel: str | None) -> None:
+    change, message = STATES[state]
+    with pytest.raises(UserError, match=message):
+        write_hf(tmp_path / "m", manifest(), change(random_state(parent())), submodel=submodel)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_requests_that_cannot_be_met(tmp_path: Path, directory: Path) -> None:
+    source, state = manifest(), list(random_state(parent()).items())
+    uneven = source.submodels["small"].to_dict() | {"num_moe_experts": [4, 6]}
+    mixed = replace(source, submodels={"mixed": SubmodelSpec.of(uneven)})
+    (tmp_path / "bare").mkdir()
+    cases: list[tuple[Path, Manifest, dict[str, object], str]] = [
+        (directory, source, {}, "m already exists and is not empty"),
+        (directory / "config.json", source, {}, "config.json already exists"),
+        (tmp_path / "x", source, {"submodel": "tiny"}, "unknown submodel 'tiny'; .* large, middle, small"),
+        (tmp_path / "x", mixed, {"submodel": "mixed"}, "num_moe_experts differs between layers"),
+        (tmp_path / "x", Manifest(shape=parent()), {"elastic": True}, "not elastic"),
+        (tmp_path / "x", source, {"elastic": True, "plain_order": True}, "choose one"),
+        (
+            tmp_path / "x",
+            source,
+            {"tokenizer_dir": tmp_path / "no"},
+            "tokenizer directory .*no does not exist",
+        ),
+        (tmp_path / "x", source, {"tokenizer_dir": tmp_path / "bare"}, "bare holds no tokenizer files"),
+    ]
+    for target, described, options, message in cases:
+        with pytest.raises(UserError, match=message):
+            write_hf(target, described, state, **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "x").exists()
+
+
+def test_slicing_a_plain_directory(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=re.escape("has no elastic_config.json")):
+        slice_hf(directory, tmp_path / "s", "small")
+
+
+def test_all_names_are_checked_before_the_first_slice_is_written(tmp_path: Path) -> None:
+    write_hf(tmp_path / "p", manifest(), random_state(parent()).items(), elastic=True)
+    with pytest.raises(UserError, match="unknown submodel 'tiny'"):
+        slice_hf(tmp_path / "p", tmp_path / "s", ["small", "tiny"])
+    assert not (tmp_path / "s").exists()
+
+
+def test_dense_layers_beside_experts_need_shared_experts(tmp_path: Path) -> None:
+    shape = parent(hybrid_layer_pattern="E-", moe_shared_expert_intermediate_size=0)
+    with pytest.raises(UserError, match="needs shared experts"):
+        write_hf(tmp_path / "m", Manifest(shape=shape), random_state(shape).items())
+
+
+def test_one_tensor_of_another_shape() -> None:
+    with pytest.raises(UserError, match=r"'decoder\.final_norm\.weight' has shape \[3\]"):
+        to_hf(parent(), "decoder.final_norm.weight", torch.ones(3))
