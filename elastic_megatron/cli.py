@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with contextlib.redirect_stdout(sys.stderr) if machine_readable else contextlib.nullcontext():
             result = args.handler(args)
+        if machine_readable:
+            print(json.dumps(result), flush=True)
     except UserError as e:
         for line in str(e).splitlines():
             print(f"error: {line}", file=sys.stderr)
@@ -59,14 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader has seen enough; keep the interpreter from flushing into the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception:  # an internal failure: the traceback is for a bug report
         traceback.print_exc()
         print("this is a defect of elastic-megatron; please report it with the traceback", file=sys.stderr)
         return 1
-    if machine_readable:
-        print(json.dumps(result))
     return 0
 
 

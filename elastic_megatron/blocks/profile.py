@@ -32,10 +32,11 @@ def profile_layers(
 ) -> dict[str, Any]:
     """Time one stock Megatron layer of every type at every combination of its widths.
 
-    Layers are those of a ``HybridModel`` with a single layer; embedding, final norm and output layer are timed
-    by themselves. Every round visits all points once, each with one untimed pass, and a point's time is the
-    median over rounds, so that a machine that slows down for a while slows all points alike. Weights are
-    random, hence experts evenly loaded. Needs ``runtime.start`` on one process: the times are of one rank.
+    Layers are those of a ``HybridModel`` with a single layer; embedding, final norm and output layer are
+    timed by themselves. Every round visits all points once, each with one untimed pass, and a point's time
+    is the median over rounds, so that a machine that slows down for a while slows all points alike. Weights
+    are random, hence experts evenly loaded. Needs ``runtime.start`` on one process: the times are of one
+    rank.
 
     Args:
         choices: widths of the elastic axes; the others stay as in ``shape``. ``num_layers`` is not an axis of

@@ -9,7 +9,6 @@ crash at any moment leaves the previous checkpoint loadable and named.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,13 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 
 from ..errors import UserError
 from .hf_read import side_files
 from .manifest import FILE, Manifest
-
-TRACKER = "latest_checkpointed_iteration.txt"
-_ITERATION = re.compile(r"iter_(\d{7,})")
+from .tracker import TRACKER, complete
 
 
 def save(
@@ -85,7 +83,7 @@ def load(path: Path, model: nn.Module, *, optimizer: Any = None) -> dict[str, An
         shards["optimizer"] = optimizer.sharded_state_dict(shards, is_loading=True, metadata=_metadata())
     try:
         loaded = dist_checkpointing.load(shards, str(path))
-    except Exception as e:  # every storage backend raises its own kinds
+    except (Exception, CheckpointException) as e:  # every storage backend raises its own; torch's is no Exception
         reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
         raise UserError(
             f"{path} cannot be loaded ({type(e).__name__}: {reason[:160]}); it is damaged or of another model: "
@@ -96,42 +94,6 @@ def load(path: Path, model: nn.Module, *, optimizer: Any = None) -> dict[str, An
         with torch.no_grad():  # the fp32 path copies into views of leaves
             optimizer.load_state_dict(loaded["optimizer"])
     return dict(loaded.get("state", {}))
-
-
-def newest(directory: Path) -> Path | None:
-    """The checkpoint that the tracker names; ``None`` where there is none yet.
-
-    Raises ``UserError`` where the tracker is damaged or names a folder that is not there.
-    """
-    tracker = directory / TRACKER
-    if not tracker.exists():
-        return None
-    text = tracker.read_text().strip()
-    path = directory / f"iter_{int(text):07d}" if text.isdigit() else None
-    if path is None or not (path / FILE).exists():
-        complete = ", ".join(p.name for p in _complete(directory)) or "none"
-        raise UserError(
-            f"{tracker} says {text[:40]!r}, but complete checkpoints are: {complete}; correct the file"
-        )
-    return path
-
-
-def resolve(path: Path) -> Path:
-    """The ``iter_*`` folder meant by a path: itself, or the newest of a checkpoint root or run folder.
-
-    Raises ``UserError`` where there is no checkpoint.
-    """
-    if (path / FILE).exists():
-        return path
-    for root in (path, path / "checkpoints"):
-        if found := newest(root):
-            return found
-    raise UserError(f"{path} holds no checkpoint; give a run folder, a checkpoint folder or an iter_* folder")
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Is this one of ours (a run folder, a checkpoint root or an ``iter_*`` folder)?"""
-    return any((p / f).exists() for p in (path, path / "checkpoints") for f in (FILE, TRACKER))
 
 
 def _metadata() -> dict[str, Any]:
@@ -154,13 +116,8 @@ def _point(directory: Path, iteration: int) -> None:
     os.replace(temporary, directory / TRACKER)
 
 
-def _complete(directory: Path) -> list[Path]:
-    folders = [p for p in directory.glob("iter_*") if _ITERATION.fullmatch(p.name) and (p / FILE).exists()]
-    return sorted(folders, key=lambda p: int(p.name[5:]))
-
-
 def _prune(directory: Path, keep_last: int) -> None:
-    for old in _complete(directory)[:-keep_last] if keep_last else []:
+    for old in complete(directory)[:-keep_last] if keep_last else []:
         shutil.rmtree(old)
 
 

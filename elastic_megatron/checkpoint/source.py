@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import UserError
-from . import distributed
+from . import distributed, tracker
 from .manifest import FILE, Manifest
 
 
@@ -28,8 +28,8 @@ def open_source(path: Path) -> Source:
 
     Raises ``UserError`` where it is none of them, or damaged.
     """
-    if distributed.is_checkpoint(path):
-        folder = distributed.resolve(path)
+    if tracker.is_checkpoint(path):
+        folder = tracker.resolve(path)
         side = folder / "hf"
         return Source(
             folder,

@@ -46,10 +46,10 @@ def add_parser(subparsers: Any) -> None:
 def _import(args: argparse.Namespace) -> dict[str, Any] | None:
     from .. import runtime
     from ..blocks import build_model
-    from ..checkpoint import distributed
+    from ..checkpoint import distributed, tracker
     from ..checkpoint.source import open_source
 
-    if distributed.is_checkpoint(args.destination):
+    if tracker.is_checkpoint(args.destination):
         raise UserError(f"{args.destination} holds a checkpoint already; choose another folder")
     source = open_source(args.source)
     runtime.start()
@@ -72,10 +72,10 @@ def _export(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _slice(args: argparse.Namespace) -> dict[str, Any] | None:
-    from ..checkpoint import distributed
+    from ..checkpoint import tracker
     from ..checkpoint.hf import slice_hf
 
-    if distributed.is_checkpoint(args.source):
+    if tracker.is_checkpoint(args.source):
         export(args.source, args.destination, submodel=args.submodel)
     else:
         slice_hf(args.source, args.destination, args.submodel)

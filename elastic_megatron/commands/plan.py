@@ -1,4 +1,4 @@
-"""``elastic-megatron plan RECIPE|HF_DIR``: what a family costs and whether its layout fits, from sizes alone."""
+"""``elastic-megatron plan RECIPE|HF_DIR``: what a family costs and whether its layout fits."""
 
 from __future__ import annotations
 
@@ -98,9 +98,9 @@ class Subject:
 
 
 def read(source: Path, overrides: Sequence[str], context: int) -> Subject:
-    """A recipe, or a Hugging Face directory or ``config.json``. Raises ``UserError`` where it cannot be read."""
+    """A recipe, or a Hugging Face directory or ``config.json``. Raises ``UserError`` for a bad one."""
+    from ..checkpoint.resolve import CONFIG, hf_manifest
     from ..recipe import load
-    from ..recipe.resolve import CONFIG, hf_manifest
     from ..recipe.training import Parallel
 
     if source.name != CONFIG and not source.is_dir():
@@ -126,7 +126,7 @@ def read(source: Path, overrides: Sequence[str], context: int) -> Subject:
 
 
 def _of_recipe(recipe: Recipe, context: int) -> Subject:
-    from ..recipe.resolve import budgets, elastic_space, parent_manifest
+    from ..checkpoint.resolve import budgets, elastic_space, parent_manifest
 
     manifest = parent_manifest(recipe)
     if recipe.stages:
@@ -149,7 +149,7 @@ def _of_recipe(recipe: Recipe, context: int) -> Subject:
 
 
 def plan(subject: Subject) -> dict[str, Any]:
-    """The object that ``--json`` prints: parameters, FLOPs of one forward token, bytes; seconds for latency."""
+    """The object that ``--json`` prints: parameters, FLOPs of one token, bytes; seconds for latency."""
     from ..cost import account
     from ..cost.layout import check_layout, memory_per_rank
 
@@ -169,6 +169,8 @@ def plan(subject: Subject) -> dict[str, Any]:
         seq_length=load.seq_length,
         micro_batch_size=load.micro_batch_size,
         teacher=load.teacher,
+        recompute=subject.parallel.recompute == "full",
+        distributed_optimizer=subject.parallel.distributed_optimizer,
     )
     separate = {f: sum(s["weights_bytes"][f] for s in submodels.values()) for f in parent["weights_bytes"]}
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,26 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from ..recipe import load
     from ..training.train import train
 
-    outcome = train(load(args.recipe, args.overrides))
+    recipe = load(args.recipe, args.overrides)
+    outcome = train(recipe)
     if outcome.interrupted is not None:
         raise SystemExit(128 + outcome.interrupted)
     if args.json:
         return {"checkpoint": str(outcome.checkpoint), "step": outcome.step}
     if outcome.main:
+        show_router(recipe.run_dir)
         print(f"trained {outcome.step} steps; checkpoint in {outcome.checkpoint}")
     return None
+
+
+def show_router(run_dir: Path) -> None:
+    """Print what the budget router chose last, where the run has one."""
+    from rich.console import Console
+
+    from ..report.console import router_table
+
+    metrics = run_dir / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    routed = [text for text in lines if text.startswith('{"router"')]
+    if routed:
+        Console(stderr=True).print(router_table(json.loads(routed[-1])["router"]))

@@ -8,11 +8,11 @@ The file is one JSON object, as ``tools/profile_latency.py`` writes it::
                        "seconds": [[1.0e-4, 1.2e-4], [1.4e-4, 1.7e-4]]}, ...},
      "ends": {"axes": {"hidden_size": [1792, 2688]}, "seconds": [3.0e-4, 4.0e-4]}}
 
-``symbols`` holds one table per layer type of the pattern: the time of one such layer for ``tokens`` tokens at
-every point of a grid, ``seconds[i][j]`` belonging to the i-th value of the first axis and the j-th of the
-second. ``ends`` is the time of embedding, final norm and output layer. ``axes`` may be empty; ``seconds`` is a
-plain number then. ``shape`` (optional) states the sizes that the grid left alone; a model that differs there
-is refused, because the table says nothing about it.
+``symbols`` holds one table per layer type of the pattern: the time of one such layer for ``tokens`` tokens
+at every point of a grid, ``seconds[i][j]`` belonging to the i-th value of the first axis and the j-th of
+the second. ``ends`` is the time of embedding, final norm and output layer. ``axes`` may be empty;
+``seconds`` is a plain number then. ``shape`` (optional) states the sizes that the grid left alone; a model
+that differs there is refused, because the table says nothing about it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Grid:
         return sum((weight * table[index] for index, weight in self._corners(cells)), torch.zeros_like(like))
 
     def _corners(self, cells: list[tuple[Number, Number]]) -> Iterator[tuple[Number, Number]]:
-        """(index into ``seconds``, weight) of every corner of a cell, given as (lower index, fraction) per axis."""
+        """(index into ``seconds``, weight) of a cell's corners; ``cells`` is (lower index, fraction)."""
         for corner in product((0, 1), repeat=len(cells)):
             index, weight = 0, 1.0
             for up, (low, fraction), (_, values) in zip(corner, cells, self.axes, strict=True):
@@ -149,8 +149,8 @@ class LatencyTable:
         for name, size in self.shape:
             if name not in axes and mine.get(name) != size:
                 raise UserError(
-                    f"latency table {self.path} is of a model with {name}={size}, this one has {mine.get(name)}; "
-                    f"{_REMEDY}"
+                    f"latency table {self.path} is of a model with {name}={size}, this one has "
+                    f"{mine.get(name)}; {_REMEDY}"
                 )
 
     def _check_axes(self, name: str, grid: Grid, sizes: Mapping[str, Number], model: ModelSizes) -> None:

@@ -26,7 +26,7 @@ SHARDED_BY = {
 def check_layout(
     shape: ParentShape, space: ElasticSpace | None, parallel: Layout, stages: Sequence[Batch] = ()
 ) -> list[str]:
-    """Everything that Megatron would refuse, or get wrong, once the job runs; one sentence with a remedy each.
+    """Everything that Megatron would refuse, or get wrong, once the job runs; a sentence and a remedy each.
 
     Widths are checked for every choice of ``space``, since each submodel is built or run under this layout,
     and lanes so that every rank holds an equal share of each. Empty where the layout fits. Rules are those of
@@ -79,19 +79,19 @@ def _groups(shape: ParentShape, parallel: Layout) -> Iterator[str]:
     tensor, groups, keys = parallel.tensor, shape.mamba_num_groups, shape.num_query_groups
     if "M" in shape.hybrid_layer_pattern and groups % tensor:
         yield (
-            f"parallel.tensor={tensor} does not divide mamba_num_groups={groups}, and SSM groups are not split; "
-            f"choose parallel.tensor from {_divisors(groups)}"
+            f"parallel.tensor={tensor} does not divide mamba_num_groups={groups}, which is not split"
+            f"; choose parallel.tensor from {_divisors(groups)}"
         )
     if "*" in shape.hybrid_layer_pattern and keys % tensor and tensor % keys:
         yield (
-            f"parallel.tensor={tensor} is neither a divisor nor a multiple of num_query_groups={keys}; choose "
-            f"parallel.tensor from {_divisors(keys)} or multiples of {keys}"
+            f"parallel.tensor={tensor} is neither a divisor nor a multiple of num_query_groups={keys}; "
+            f"choose parallel.tensor from {_divisors(keys)} or multiples of {keys}"
         )
     if shape.vocab_size % tensor:
         padded = -(-shape.vocab_size // tensor) * tensor
         yield (
-            f"parallel.tensor={tensor} does not divide vocab_size={shape.vocab_size}; lower parallel.tensor, or "
-            f"pad the vocabulary to {padded}"
+            f"parallel.tensor={tensor} does not divide vocab_size={shape.vocab_size}; lower parallel.tensor, "
+            f"or pad the vocabulary to {padded}"
         )
 
 
@@ -106,18 +106,19 @@ def _widths(shape: ParentShape, space: ElasticSpace | None, parallel: Layout) ->
         if bad := [w for w in widths if w % ranks]:
             where = f"choose multiples of {ranks} in space.choices.{name}, or " if full % ranks == 0 else ""
             whose = "" if bad[0] == full else " of a submodel"
-            yield f"parallel.{group}={ranks} does not divide {name}={bad[0]}{whose}; {where}lower parallel.{group}"
+            what = f"parallel.{group}={ranks} does not divide {name}={bad[0]}{whose}"
+            yield f"{what}; {where}lower parallel.{group}"
         elif space is not None and elastic and (lanes := space.lanes_of(name)) % ranks:
             yield _lanes(shape, name, lanes, group, ranks)
 
 
 def _lanes(shape: ParentShape, name: str, lanes: int, group: str, ranks: int) -> str:
     what = (
-        f"space.lanes.{name}={lanes} is not a multiple of parallel.{group}={ranks}, so a submodel's share would "
-        "differ from rank to rank"
+        f"space.lanes.{name}={lanes} is not a multiple of parallel.{group}={ranks}, so a submodel's share "
+        "would differ from rank to rank"
     )
     if name == "mamba_num_heads":
-        return f"{what}; lanes of Mamba heads are its SSM groups: choose parallel.{group} from {_divisors(lanes)}"
+        return f"{what}; lanes are the SSM groups here: choose parallel.{group} from {_divisors(lanes)}"
     step = lcm(ranks, shape.groups(name))
     legal = [n for n in range(step, shape.size(name) + 1, step) if shape.size(name) % n == 0]
     if not legal:
@@ -136,15 +137,15 @@ def _context(shape: ParentShape, space: ElasticSpace | None, parallel: Layout) -
     )
     if bad := [w for w in widths if w % (tensor * context)]:
         yield (
-            f"parallel.tensor x parallel.context = {tensor * context} does not divide mamba_num_heads={bad[0]}; "
-            "lower parallel.context"
+            f"parallel.tensor x parallel.context = {tensor * context} does not divide "
+            f"mamba_num_heads={bad[0]}; lower parallel.context"
         )
     local = groups // tensor
     if local % context and context % local:
         yield (
             f"parallel.context={context} is neither a divisor nor a multiple of the {local} SSM groups of a "
-            f"tensor rank (mamba_num_groups / parallel.tensor); choose parallel.context from {_divisors(local)} "
-            f"or multiples of {local}"
+            f"tensor rank (mamba_num_groups / parallel.tensor); choose parallel.context from "
+            f"{_divisors(local)} or multiples of {local}"
         )
 
 
@@ -155,8 +156,8 @@ def _pipeline(shape: ParentShape, parallel: Layout) -> Iterator[str]:
         return
     if chunks is not None and stages == 2:
         yield (
-            "parallel.virtual_pipeline with parallel.pipeline=2 mismatches messages without an error, since both "
-            "neighbours are the same rank; use parallel.pipeline above 2 or remove parallel.virtual_pipeline"
+            "parallel.virtual_pipeline with parallel.pipeline=2 mismatches messages without an error, "
+            "since both neighbours are the same rank; use more stages or remove virtual_pipeline"
         )
     parts = stages * (chunks or 1)
     if layers % parts:
@@ -171,8 +172,8 @@ def _batches(parallel: Layout, stages: Sequence[Batch]) -> Iterator[str]:
     for stage in stages:
         if stage.seq_length % cut:
             yield (
-                f"stage {stage.name}: seq_length={stage.seq_length} is not a multiple of {cut}, which context and "
-                "sequence parallelism cut it into; choose a multiple"
+                f"stage {stage.name}: seq_length={stage.seq_length} is not a multiple of {cut}, which "
+                "context and sequence parallelism cut it into; choose a multiple"
             )
         yield from _micro_batches(parallel, stage)
 
@@ -186,8 +187,8 @@ def _micro_batches(parallel: Layout, stage: Batch) -> Iterator[str]:
     if left:
         yield (
             f"stage {stage.name}: global_batch_size={stage.global_batch_size} is not a multiple of "
-            f"micro_batch_size {stage.micro_batch_size} x {replicas} data-parallel ranks; choose a multiple of "
-            f"{per_pass}"
+            f"micro_batch_size {stage.micro_batch_size} x {replicas} data-parallel ranks; choose a "
+            f"multiple of {per_pass}"
         )
     elif parallel.virtual_pipeline is not None and count % parallel.pipeline:
         yield (

@@ -65,7 +65,7 @@ def peak_buffer_bytes(model: ModelSizes, batch_size: int, sequence_length: int) 
             width = s["moe_shared_expert_intermediate_size"] + s["moe_router_topk"] * s["moe_ffn_hidden_size"]
         elif g.symbol == "-":
             width = s["ffn_hidden_size"]
-        if hasattr(width, "dim") and width.dim():
-            width = width.max()
+        if hasattr(g.weight, "dim"):
+            width = (width * g.weight).max()  # a layer that is left out has no buffer
         widest = width if width > widest else widest
     return 2 * tokens * widest

@@ -1,8 +1,8 @@
 """Memory of one rank in training: an estimate by formula, to choose a layout with; not a measurement.
 
-With n tokens of a micro-batch on a rank (sequence / context), n' = n / tensor where sequence parallelism is on
-and n otherwise, b bytes a number, T tensor ranks, X expert-tensor ranks, the tensors that a layer keeps for
-its backward pass hold, in numbers:
+With n tokens of a micro-batch on a rank (sequence / context), n' = n / tensor where sequence parallelism is
+on and n otherwise, T tensor ranks, X expert-tensor ranks, the tensors that a layer keeps
+for its backward pass hold, in numbers:
 
 - every layer: 2 n' hidden (input and its norm);
 - ``M``: n/T (2 inner + 2 groups state + heads) (projection), n/T (inner + 2 groups state) (convolution),
@@ -12,8 +12,8 @@ its backward pass hold, in numbers:
 - ``E``: 2 n/T shared, n' experts fp32 scores, and for n' topk X dispatched tokens, evenly routed,
   2 hidden (before and after the experts) + 2 moe_ffn / X.
 
-Megatron's own ``theoretical_memory_usage`` counts in this way (arXiv 2205.05198). Left out: temporary buffers,
-communication, fragmentation (allow 10 to 20 %), the budget router (thousands of parameters) and the masks.
+The way of counting is that of arXiv 2205.05198. Left out: temporary buffers, communication, fragmentation
+(allow 10 to 20 %), the budget router (thousands of parameters) and the masks.
 """
 
 from __future__ import annotations

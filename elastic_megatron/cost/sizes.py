@@ -64,8 +64,7 @@ def sizes_of_spec(space: ElasticSpace, spec: SubmodelSpec) -> ModelSizes:
         LayerGroup(symbol, {**fields, **dict(widths)}, n, feeds)
         for (symbol, widths, feeds), n in counted.items()
     )
-    hidden = spec["hidden_size"] if "hidden_size" in spec else parent.hidden_size
-    return ModelSizes(parent, groups, hidden)
+    return ModelSizes(parent, groups, spec.get("hidden_size", parent.hidden_size))
 
 
 def sizes_of_parent(parent: ParentShape) -> ModelSizes:

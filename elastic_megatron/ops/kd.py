@@ -32,10 +32,7 @@ def distillation_loss(
     log_q = torch.log_softmax(student.to(wide), dim=-1)
     if kind == "cross_entropy" or teacher is None:
         return _cross_entropy(log_q, labels), None
-    if temperature != 1.0:
-        log_q_t = torch.log_softmax(student.to(wide) / temperature, dim=-1)
-    else:
-        log_q_t = log_q
+    log_q_t = log_q if temperature == 1.0 else torch.log_softmax(student.to(wide) / temperature, dim=-1)
     log_p = torch.log_softmax(teacher.detach().to(wide) / temperature, dim=-1)
     a, b = (log_p, log_q_t) if kind == "forward_kl" else (log_q_t, log_p)
     kd = (a.exp() * (a - b)).sum(-1)

@@ -164,6 +164,12 @@ class Parallel(Section):
     )
     context: Positive = Field(default=1, description="Context-parallel ranks.")
     world_size: Positive | None = Field(default=None, description="Ranks of the job; default: as launched.")
+    distributed_optimizer: Switch = Field(
+        default=True, description="Shard the optimizer over the data-parallel ranks."
+    )
+    recompute: Literal["none", "full"] = Field(
+        default="none", description="full: keep only each layer's input and compute the rest again."
+    )
 
 
 class Checkpoint(Section):

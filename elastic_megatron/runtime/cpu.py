@@ -20,9 +20,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
-_FACTORIES = (
-    "arange as_tensor empty empty_like full full_like ones ones_like rand randint randn tensor zeros zeros_like"
-).split()
+_FACTORIES = ["arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randint", "randn", "tensor", "zeros", "zeros_like"]
 _installed: list[str] = []
 
 NOISE = (

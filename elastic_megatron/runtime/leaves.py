@@ -29,7 +29,7 @@ class TorchRMSNorm(torch.nn.RMSNorm):
                 f"normalization={config.normalization!r} in the model config: the local layer spec has RMSNorm only"
             )
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        setattr(self.weight, "sequence_parallel", config.sequence_parallel)
+        self.weight.sequence_parallel = config.sequence_parallel
 
 
 class TorchCoreAttention(MegatronModule):
@@ -70,7 +70,9 @@ class TorchCoreAttention(MegatronModule):
         **_: Any,
     ) -> Tensor:
         if packed_seq_params is not None or attention_bias is not None:
-            raise UserError("packed sequences and attention biases need Transformer Engine: train unpacked here")
+            raise UserError(
+                "packed sequences and attention biases need Transformer Engine: train unpacked here"
+            )
         mask = None
         if self.cp_group.size() > 1:
             mask = self._zigzag_mask(query.shape[0], query.device)
@@ -118,8 +120,8 @@ class DuplicatedLinear(torch.nn.Linear):
         super().__init__(input_size, output_size, bias=bias, dtype=config.params_dtype)
         init_method(self.weight)
         for parameter in self.parameters():
-            setattr(parameter, "allreduce", True)
-            setattr(parameter, "sequence_parallel", config.sequence_parallel)
+            parameter.allreduce = True
+            parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return super().forward(x), None

@@ -106,7 +106,16 @@ def _blocks(x: Tensor) -> list[tuple[slice, slice]]:
 
 
 def _forward_block(
-    x: Tensor, dt: Tensor, a: Tensor, B: Tensor, C: Tensor, *, state: Tensor, enter: Tensor, final: Tensor, scan: Tensor
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    state: Tensor,
+    enter: Tensor,
+    final: Tensor,
+    scan: Tensor,
 ) -> None:
     """Fill ``enter`` (the state before each chunk), ``final`` and ``scan`` (y without D and z)."""
     cum = a.cumsum(2)
@@ -121,9 +130,7 @@ def _forward_block(
         after = enter[:, i + 1] if i + 1 < x.shape[1] else final
         torch.addcmul(injected[:, i], enter[:, i], decay[:, i], out=after)
     carried = (C @ enter.flatten(-2)).unflatten(-1, x.shape[-2:])  # Ncgqrp
-    torch.addcmul(
-        within.permute(0, 1, 4, 2, 3, 5), carried.transpose(2, 3), cum.exp()[..., None], out=scan
-    )
+    torch.addcmul(within.permute(0, 1, 4, 2, 3, 5), carried.transpose(2, 3), cum.exp()[..., None], out=scan)
 
 
 def _backward_block(

@@ -143,7 +143,7 @@ class ElasticSpace:
 
     def kept_layers(self, spec: SubmodelSpec) -> tuple[int, ...]:
         """Indices of the parent's layers that the submodel keeps, in model order."""
-        depth = spec["num_layers"] if "num_layers" in spec else self.parent.num_layers
+        depth = spec.get("num_layers", self.parent.num_layers)
         assert isinstance(depth, int)
         return tuple(sorted(self.layer_order[:depth]))
 

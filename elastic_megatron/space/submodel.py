@@ -26,6 +26,9 @@ class SubmodelSpec:
     def __getitem__(self, axis: str) -> Width:
         return dict(self.widths)[axis]
 
+    def get(self, axis: str, default: Width) -> Width:
+        return dict(self.widths).get(axis, default)
+
     def __contains__(self, axis: str) -> bool:
         return any(a == axis for a, _ in self.widths)
 

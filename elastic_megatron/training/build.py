@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from ..blocks import build_elastic_model, build_model
+from ..checkpoint.resolve import budgets
 from ..checkpoint.source import Source, open_source
 from ..errors import UserError
 from ..recipe import Recipe
 from ..router import BudgetRouter
 from ..router.loss import relative_target
 from ..space import ElasticSpace
-from .family import DTYPES, budgets
+from .family import DTYPES
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ def build_student(recipe: Recipe, source: Source, space: ElasticSpace | None) ->
 
     dtype = DTYPES[recipe.model.dtype]
     overrides = moe_overrides(recipe, source)
+    if recipe.parallel.recompute == "full":
+        overrides |= {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
     if space is not None:
         bare = build_elastic_model(space, dtype=dtype, **overrides)
     else:
@@ -61,14 +68,18 @@ def build_student(recipe: Recipe, source: Source, space: ElasticSpace | None) ->
     bare.train()
     config = bare.config
     config.finalize_model_grads_func = finalize_model_grads
+    distributed = recipe.parallel.distributed_optimizer
     ddp = DistributedDataParallel(
-        config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False), bare
+        config,
+        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed),
+        bare,
     )
     o = recipe.optimizer
     settings = OptimizerConfig(
         optimizer="adam", lr=o.lr, min_lr=o.min_lr, weight_decay=o.weight_decay, adam_beta1=o.betas[0],
         adam_beta2=o.betas[1], adam_eps=o.eps, clip_grad=o.clip_grad, bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
+        use_distributed_optimizer=distributed,
     )  # fmt: skip
     r = recipe.router
     override = {"max_lr": r.lr, "min_lr": o.min_lr * r.lr / o.lr, "wd_mult": 0.0}

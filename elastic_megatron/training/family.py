@@ -1,4 +1,4 @@
-"""From a recipe to the values that the floors below take: the parent's source, the space, the budgets."""
+"""From a recipe to the parent it names, wherever that lies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.source import Source, open_source
 from ..recipe import Recipe
-from ..space import Budget, ElasticSpace, ParentShape
+from ..space import ParentShape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -30,36 +30,3 @@ def parent_source(recipe: Recipe) -> Source:
     assert path is not None, "the recipe checks that one of hf, checkpoint and sizes is there"
     source = open_source(path)
     return source if model.tokenizer is None else replace(source, hf_files=model.tokenizer)
-
-
-def elastic_space(recipe: Recipe, manifest: Manifest) -> ElasticSpace | None:
-    """The space of the recipe over the manifest's model, in its stored order; ``None`` without choices.
-
-    A sorted checkpoint fixes lanes and the layer order, because its weights lie in them; the recipe may
-    still choose other widths. Raises ``UserError`` where the recipe's widths do not fit the model.
-    """
-    if not recipe.space.choices:
-        return manifest.space
-    lanes, order = dict(recipe.space.lanes), ()
-    if manifest.space is not None:
-        lanes |= {a: n for a, n in manifest.space.lanes if a in recipe.space.choices}
-        order = manifest.space.layer_order
-    return ElasticSpace.build(
-        manifest.shape,
-        recipe.space.choices,
-        lanes,
-        recipe.space.granule,
-        recipe.space.per_layer,
-        order,
-    )
-
-
-def budgets(recipe: Recipe) -> tuple[Budget, ...]:
-    """The recipe's budgets, in its order."""
-    out = []
-    for name, budget in recipe.budgets.items():
-        fields = budget.model_dump()
-        if fields.get("table") is not None:
-            fields["table"] = str(fields["table"])
-        out.append(Budget(name=name, **fields))
-    return tuple(out)

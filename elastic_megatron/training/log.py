@@ -38,7 +38,7 @@ class RunLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "metrics.jsonl"
         _truncate(self.path, resumed_at)
-        self.file = open(self.path, "a", buffering=1)
+        self.file = self.path.open("a", buffering=1)
         self.interval = interval
         self.title = title
         self.total = total

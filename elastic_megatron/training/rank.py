@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import runtime
 from ..blocks import build_model
 from ..checkpoint import distributed
+from ..checkpoint.resolve import elastic_space
 from ..checkpoint.slice import weights
 from ..checkpoint.sort import sort_space, sorted_state
 from ..data import blend
@@ -20,7 +21,7 @@ from ..errors import UserError
 from ..importance import Ranking, collect
 from ..recipe import Recipe, dump
 from ..space import ElasticSpace
-from .family import DTYPES, elastic_space, parent_source
+from .family import DTYPES, parent_source
 from .train import versions
 
 # relative change of the logits that reordered sums may cause, by data type

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import runtime
-from ..checkpoint import distributed
+from ..checkpoint import distributed, tracker
 from ..checkpoint.manifest import Manifest
+from ..checkpoint.resolve import budgets, elastic_space
 from ..checkpoint.source import Source
 from ..data import blend
 from ..errors import UserError
@@ -26,7 +27,7 @@ from ..space import SubmodelSpec
 from .build import Model, build_student, build_teacher
 from .curriculum import Curriculum, LearningRate
 from .evaluate import evaluate
-from .family import budgets, elastic_space, parent_source
+from .family import parent_source
 from .log import RunLog
 from .signals import StopSignal
 from .step import ForwardStep, MicroBatch
@@ -67,7 +68,7 @@ def train(recipe: Recipe) -> Outcome:
     model = build_student(recipe, source, space)
     teacher = build_teacher(recipe, source)
     curriculum = Curriculum(recipe)
-    saved = distributed.newest(root)
+    saved = tracker.newest(root)
     state = distributed.load(saved, model.bare, optimizer=model.optimizer) if saved else {"step": 0}
     first = int(state["step"])
     manifest = replace(manifest, space=space, budgets=budgets(recipe), versions=versions())

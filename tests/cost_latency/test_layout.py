@@ -62,13 +62,16 @@ MOE_TP = {"sequence": True, "expert_tensor": 1}
                  vocab_size=132, moe_shared_expert_intermediate_size=12), None, {"tensor": 3, **MOE_TP}, [],
          "neither a divisor nor a multiple of num_query_groups=8"),
         (replace(NANO, vocab_size=131073), None, {"tensor": 2, **MOE_TP}, [], "pad the vocabulary to 131074"),
-        (replace(DENSE, ffn_hidden_size=1001), None, {"tensor": 2}, [], "tensor=2 does not divide ffn_hidden_size=1001"),
-        (replace(DENSE, mamba_num_groups=8, num_query_groups=2, num_attention_heads=12), None, {"tensor": 8}, [],
+        (replace(DENSE, ffn_hidden_size=1001), None, {"tensor": 2}, [],
+         "tensor=2 does not divide ffn_hidden_size=1001"),
+        (replace(DENSE, mamba_num_groups=8, num_query_groups=2), None, {"tensor": 8}, [],
          "tensor=8 does not divide num_attention_heads=12"),
-        (NANO, None, {"expert_tensor": 128}, [], "expert_tensor=128 does not divide moe_ffn_hidden_size=1856"),
+        (NANO, None, {"expert_tensor": 128}, [],
+         "expert_tensor=128 does not divide moe_ffn_hidden_size=1856"),
         (replace(NANO, moe_shared_expert_intermediate_size=3711), None, {"tensor": 2, **MOE_TP}, [],
          "does not divide moe_shared_expert_intermediate_size=3711"),
-        (replace(NANO, num_moe_experts=100), None, {"expert": 8}, [], "expert=8 does not divide num_moe_experts=100"),
+        (replace(NANO, num_moe_experts=100), None, {"expert": 8}, [],
+         "expert=8 does not divide num_moe_experts=100"),
         (NANO, space(lanes=4, num_moe_experts=[100, 128]), {"expert": 8}, [],
          "expert=8 does not divide num_moe_experts=100 of a submodel; choose multiples of 8"),
         (NANO, space(lanes=4), {"expert": 8}, [], "rank again with space.lanes.num_moe_experts=8"),
@@ -85,7 +88,8 @@ MOE_TP = {"sequence": True, "expert_tensor": 1}
         (NANO, None, {"context": 2}, [stage(seq_length=66)], "seq_length=66 is not a multiple of 4"),
         (NANO, None, {"tensor": 8, "context": 4, **MOE_TP}, [stage(seq_length=48)],
          "seq_length=48 is not a multiple of 32"),
-        (NANO, None, {"world_size": 3}, [stage()], "global_batch_size=8 is not a multiple of micro_batch_size 1 x 3"),
+        (NANO, None, {"world_size": 3}, [stage()],
+         "global_batch_size=8 is not a multiple of micro_batch_size 1 x 3"),
         (NANO, None, {"pipeline": 4, "virtual_pipeline": 13, "world_size": 4}, [stage(global_batch_size=6)],
          "6 micro-batches a step are not a multiple of parallel.pipeline=4"),
     ],
@@ -142,8 +146,8 @@ def test_tensor_rules_are_those_of_transformer_config() -> None:
     for heads, groups, tensor in itertools.product((6, 12), (1, 2, 3, 6), (1, 2, 3, 4, 6, 12)):
         try:
             TransformerConfig(
-                num_layers=2, hidden_size=256, num_attention_heads=heads, num_query_groups=groups, kv_channels=16,
-                tensor_model_parallel_size=tensor,
+                num_layers=2, hidden_size=256, num_attention_heads=heads, num_query_groups=groups,
+                kv_channels=16, tensor_model_parallel_size=tensor,
             )  # fmt: skip
             accepted = True
         except ValueError:

@@ -30,7 +30,8 @@ def test_a_profile_is_a_table(megatron: Any, tmp_path: Path, backward: bool, tie
     shape = SHAPE.override(tie_embeddings=tied)
     data = profile_layers(shape, CHOICES, tokens=16, batch=2, repeats=1, backward=backward)
     assert {s: list(g["axes"]) for s, g in data["symbols"].items()} == {
-        "M": ["hidden_size"], "*": ["hidden_size"], "-": ["hidden_size"], "E": ["hidden_size", "num_moe_experts"],
+        "M": ["hidden_size"], "*": ["hidden_size"], "-": ["hidden_size"],
+        "E": ["hidden_size", "num_moe_experts"],
     }  # fmt: skip
     (tmp_path / "table.json").write_text(json.dumps(data))
     table = LatencyTable.load(tmp_path / "table.json")

@@ -74,7 +74,7 @@ def test_distributed_optimizer_splits_adam_over_replicas() -> None:
 
 
 def test_activations_by_hand() -> None:
-    """One layer of each kind; rows of a formula with 128 tokens and 2 bytes a number, plus embedding and logits."""
+    """One layer of each kind: 128 tokens and 2 bytes a number, plus embedding and logits."""
     one = replace(DENSE, hybrid_layer_pattern="*", vocab_size=1000)
     logits = 128 * 1000 * (2 + 4)
     attention = 2 * 256 + 2 * (12 + 4) * 16
@@ -93,7 +93,8 @@ def test_activations_by_hand() -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"expert": 8}, {"expert_tensor": 2}, {"context": 2}, {"pipeline": 2}],
+    [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"expert": 8}, {"expert_tensor": 2}, {"context": 2},
+     {"pipeline": 2}],
 )  # fmt: skip
 def test_every_split_saves_memory(layout: dict[str, Any]) -> None:
     assert memory(NANO, layout, seq_length=8192)["total"] < memory(NANO, seq_length=8192)["total"]

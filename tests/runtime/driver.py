@@ -1,6 +1,6 @@
 """Run cases, each in a forked child of one process that has imported Megatron but adapted nothing.
 
-``python driver.py NAME ...`` prints one JSON object: case name to ``{"value": ...}`` or ``{"error": ...}``.  An import costs
+``python driver.py [NAME ...]`` (all cases by default) prints one JSON object: case name to ``{"value": ...}`` or ``{"error": ...}``.  An import costs
 seconds and a fork milliseconds, so a case may start from a process that nothing has touched.
 """
 
@@ -20,7 +20,11 @@ def main() -> None:
     import cases
 
     cases.import_megatron()
-    results = {name: run(getattr(cases, name)) for name in sys.argv[1:]}
+    public = [
+        n for n, f in vars(cases).items() if getattr(f, "__module__", "") == "cases" and not n.startswith("_")
+    ]
+    names = sys.argv[1:] or [n for n in public if n != "import_megatron"]
+    results = {name: run(getattr(cases, name)) for name in names}
     print(json.dumps(results))
 
 

@@ -71,7 +71,7 @@ def test_a_save_spawns_no_second_interpreter(outcomes: Outcomes) -> None:
 
 
 def test_recomputation_draws_the_same_dropout(outcomes: Outcomes) -> None:
-    assert outcomes["recomputation_draws_the_same_dropout"]["value"] == pytest.approx(0, abs=1e-6)
+    assert outcomes["recomputation_draws_the_same_dropout"]["value"] < 1e-6
 
 
 def test_adapt_refuses_a_machine_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

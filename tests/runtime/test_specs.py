@@ -11,10 +11,15 @@ Outcomes = dict[str, dict[str, Any]]
 
 # What Megatron's stock Transformer Engine spec writes for M*EM-E: input norms fused into the linear that
 # follows (layer_norm_weight), the MoE layer's norm by itself, all experts in one tensor.
-MAMBA = {"mixer." + name for name in ("A_log", "D", "dt_bias", "conv1d_weight", "conv1d_bias", "norm.weight")} | {
-    "mixer.in_proj.layer_norm_weight", "mixer.in_proj.weight", "mixer.out_proj.weight"}  # fmt: skip
+MAMBA = {f"mixer.in_proj.weight.{part}" for part in ("z", "x", "B", "C", "dt")} | {
+    f"mixer.conv1d.{kind}.{part}" for kind in ("weight", "bias") for part in ("x", "B", "C")
+} | {
+    "mixer." + name
+    for name in ("A_log", "D", "dt_bias", "norm.weight", "in_proj.layer_norm_weight", "out_proj.weight")
+}  # fmt: skip
 ATTENTION = {
-    "self_attention." + name for name in ("linear_qkv.layer_norm_weight", "linear_qkv.weight", "linear_proj.weight")
+    "self_attention." + name
+    for name in ("linear_qkv.layer_norm_weight", "linear_qkv.weight", "linear_proj.weight")
 }
 MLP = {"mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"}
 MOE = {"pre_mlp_layernorm.weight", "mlp.router.weight", "mlp.router.expert_bias"} | {
@@ -45,7 +50,9 @@ def test_multi_token_prediction_gives_every_parameter_a_gradient(outcomes: Outco
     assert outcomes["multi_token_prediction"]["value"] == []
 
 
-def test_a_replicated_checkpoint_loads_under_tensor_sequence_and_expert_parallelism(outcomes: Outcomes) -> None:
+def test_a_replicated_checkpoint_loads_under_tensor_sequence_and_expert_parallelism(
+    outcomes: Outcomes,
+) -> None:
     replicated, parallel = outcomes["tensor_parallel_loads_replicated"]["value"]
     assert parallel == pytest.approx(replicated, rel=1e-6)
 

@@ -81,7 +81,9 @@ def test_chunked_equals_recurrence(case: Case) -> None:
     blocks = ssd_scan._BLOCK_ELEMENTS
     try:
         ssd_scan._BLOCK_ELEMENTS = case.block
-        found = ssd.mamba_chunk_scan_combined(**tensors, **options, chunk_size=case.chunk, return_final_states=True)
+        found = ssd.mamba_chunk_scan_combined(
+            **tensors, **options, chunk_size=case.chunk, return_final_states=True
+        )
         weights = [torch.randn_like(t) for t in expected]
         gradients = [
             torch.autograd.grad(outputs, list(tensors.values()), weights) for outputs in (found, expected)
@@ -114,7 +116,10 @@ def test_only_the_final_state_may_be_asked_for() -> None:
     tensors = inputs(Case(1, 20, 1, 2, 4, 5, 8, 10**6, False, True, (0.0, float("inf"))))
     del tensors["D"], tensors["z"]
     gradients = []
-    for scan in (ssd_reference, lambda **k: ssd.mamba_chunk_scan_combined(**k, chunk_size=8, return_final_states=True)):
+    for scan in (
+        ssd_reference,
+        lambda **k: ssd.mamba_chunk_scan_combined(**k, chunk_size=8, return_final_states=True),
+    ):
         _, state = scan(**tensors, dt_softplus=True)
         wanted = [t for name, t in tensors.items() if name != "C"]
         gradients.append(torch.autograd.grad(state.square().sum(), wanted))
@@ -149,10 +154,16 @@ def test_packed_sequences_are_refused() -> None:
 
 
 @given(
-    st.sampled_from([1, 3]), st.integers(1, 9), st.integers(1, 5), st.integers(1, 4), st.sampled_from([1, 10**6])
+    st.sampled_from([1, 3]),
+    st.integers(1, 9),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.sampled_from([1, 10**6]),
 )
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_convolution_equals_its_definition(batch: int, length: int, channels: int, width: int, block: int) -> None:
+def test_convolution_equals_its_definition(
+    batch: int, length: int, channels: int, width: int, block: int
+) -> None:
     generator = torch.Generator().manual_seed(length)
     shapes = [(batch, length, channels), (channels, width), (channels,)]
     tensors = [torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes]
@@ -164,7 +175,9 @@ def test_convolution_equals_its_definition(batch: int, length: int, channels: in
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
         weight = torch.randn_like(found)
         for ours, theirs in zip(
-            torch.autograd.grad(found, tensors, weight), torch.autograd.grad(expected, tensors, weight), strict=True
+            torch.autograd.grad(found, tensors, weight),
+            torch.autograd.grad(expected, tensors, weight),
+            strict=True,
         ):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     finally:

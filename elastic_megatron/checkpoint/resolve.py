@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.manifest import FILE, Manifest
 from ..errors import UserError
+from ..recipe import Recipe
 from ..space import Budget, ElasticSpace, ParentShape
-from .schema import Recipe
+from .manifest import FILE, Manifest
+from .tracker import resolve
 
 CONFIG = "config.json"
 ELASTIC_CONFIG = "elastic_config.json"
-_TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def parent_manifest(recipe: Recipe) -> Manifest:
@@ -27,31 +27,17 @@ def parent_manifest(recipe: Recipe) -> Manifest:
     if model.hf is not None:
         return hf_manifest(model.hf)
     assert model.checkpoint is not None, "the recipe checks that one of hf, checkpoint and sizes is there"
-    return checkpoint_manifest(model.checkpoint)
+    return Manifest.read(resolve(model.checkpoint) / FILE)
 
 
 def hf_manifest(path: Path) -> Manifest:
-    """Description of a Hugging Face directory (or of the ``config.json`` in it), with its submodels if elastic."""
+    """Description of a Hugging Face directory (or its ``config.json``), with submodels if it is elastic."""
     config = path if path.name == CONFIG else path / CONFIG
     elastic = config.with_name(ELASTIC_CONFIG)
     if elastic.exists():
         return Manifest.read(elastic)
     data = _read_config(config)
     return Manifest(shape=ParentShape.from_hf(data), hf_config=data)
-
-
-def checkpoint_manifest(path: Path) -> Manifest:
-    """Description of a Megatron checkpoint: an ``iter_*`` folder, a checkpoint root or a run folder."""
-    if (path / FILE).exists():
-        return Manifest.read(path / FILE)
-    for root in (path, path / "checkpoints"):
-        if (root / _TRACKER).exists():
-            iteration = (root / _TRACKER).read_text().strip()
-            folder = root / f"iter_{int(iteration):07d}" if iteration.isdigit() else root
-            return Manifest.read(folder / FILE)
-    raise UserError(
-        f"model.checkpoint: {path} holds no checkpoint (yet); run the recipe that writes it first"
-    )
 
 
 def elastic_space(recipe: Recipe, manifest: Manifest) -> ElasticSpace | None:

@@ -1,0 +1,124 @@
+"""The curriculum is a pure function of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic_megatron.recipe import Recipe, load
+from elastic_megatron.recipe.training import Optimizer
+from elastic_megatron.training.curriculum import Curriculum, LearningRate
+
+
+@pytest.fixture
+def recipe(write_recipe: Callable[..., Path], tmp_path: Path) -> Callable[..., Recipe]:
+    """Recipes without a parent: nothing is trained here."""
+
+    def make(**sections: Any) -> Recipe:
+        budgets = {n: {"metric": "active_params", "target": t} for n, t in (("full", 1.0), ("medium", 0.8), ("small", 0.6))}
+        defaults = {"model": {"hf": "nowhere"}, "budgets": budgets, "space": {"choices": {"hidden_size": [16]}}}
+        return load(write_recipe(tmp_path / "run", **(defaults | sections)))
+
+    return make
+
+
+def stage(name: str, steps: int, length: int = 16, batch: int = 8, **more: Any) -> dict[str, Any]:
+    return {"name": name, "tokens": steps * length * batch, "seq_length": length, "global_batch_size": batch, **more}
+
+
+def test_places_count_samples_and_tokens(recipe: Callable[..., Recipe]) -> None:
+    curriculum = Curriculum(recipe(stages=[stage("a", 3), stage("b", 2, 32, 4)]))
+    assert curriculum.total_steps == 5
+    found = [(p.stage.name, p.stage_index, p.step_in_stage, p.samples, p.tokens) for p in map(curriculum.place, range(5))]
+    assert found == [("a", 0, 0, 0, 0), ("a", 0, 1, 8, 128), ("a", 0, 2, 16, 256), ("b", 1, 0, 0, 384), ("b", 1, 1, 4, 512)]
+    assert [curriculum.tokens_after(n) for n in range(6)] == [0, 128, 256, 384, 512, 640]
+    with pytest.raises(IndexError):
+        curriculum.place(5)
+
+
+def test_the_last_step_of_a_stage_is_whole(recipe: Callable[..., Recipe]) -> None:
+    odd = {**stage("a", 1), "tokens": 129}
+    assert Curriculum(recipe(stages=[odd])).total_steps == 2
+
+
+def test_places_depend_on_nothing_but_the_step(recipe: Callable[..., Recipe]) -> None:
+    stages = [stage("a", 3), stage("b", 2, 32, 4)]
+    one, other = Curriculum(recipe(stages=stages)), Curriculum(recipe(stages=stages))
+    forwards = [one.place(s) for s in range(5)]
+    assert [other.place(s) for s in reversed(range(5))][::-1] == forwards
+
+
+def test_budget_draws_are_functions_of_seed_step_micro_batch_and_rank(recipe: Callable[..., Recipe]) -> None:
+    def draws(seed: int, ranks: int = 2) -> list[str]:
+        c = Curriculum(recipe(stages=[stage("a", 40)], seed=seed))
+        return [c.draw_budget(c.place(s), m, r) for s in range(40) for m in range(3) for r in range(ranks)]
+
+    assert draws(1) == draws(1) != draws(2)
+    assert {*draws(1)} == {"full", "medium", "small"}
+    by_rank = [draws(1)[r::2] for r in range(2)]
+    assert by_rank[0] != by_rank[1] and by_rank[0] == draws(1, ranks=1)
+
+
+def test_budget_draws_have_the_stages_frequencies(recipe: Callable[..., Recipe]) -> None:
+    probs = {"full": 0.5, "small": 0.5}
+    c = Curriculum(recipe(stages=[stage("a", 2000), stage("b", 2000, budget_probs=probs)]))
+    first, second = ([c.draw_budget(c.place(s), 0, 0) for s in steps] for steps in (range(2000), range(2000, 4000)))
+    for name in ("full", "medium", "small"):
+        assert abs(first.count(name) / 2000 - 1 / 3) < 0.05
+    assert second.count("medium") == 0 and abs(second.count("full") / 2000 - 0.5) < 0.05
+
+
+class Groups:
+    """A Megatron optimizer as far as a scheduler sees it: a model's group and the router's."""
+
+    def __init__(self, lr: float) -> None:
+        self.param_groups = [
+            {"default_config": True, "lr": 0.0, "max_lr": lr, "min_lr": 0.0, "wd_mult": 1.0, "lr_mult": 1.0},
+            {"default_config": False, "lr": 0.0, "max_lr": 10 * lr, "min_lr": 0.0, "wd_mult": 0.0, "lr_mult": 1.0},
+        ]
+
+
+SCHEDULES = {
+    "cosine": {"schedule": "cosine", "warmup_steps": 3},
+    "linear": {"schedule": "linear"},
+    "constant": {"schedule": "constant", "warmup_steps": 2},
+    "wsd": {"schedule": "wsd", "warmup_steps": 1, "wsd_decay_fraction": 0.5},
+}
+STAGES = [stage("a", 6), stage("b", 4), stage("c", 5, lr=5e-4)]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_learning_rates_are_functions_of_the_step(recipe: Callable[..., Recipe], name: str) -> None:
+    """In order, or starting anywhere, as after a resume: the same rates for model and router."""
+    settings = Optimizer(lr=1e-3, **SCHEDULES[name])
+    curriculum = Curriculum(recipe(stages=STAGES))
+
+    def rates(steps: range) -> list[tuple[float, float]]:
+        groups = Groups(settings.lr)
+        schedule, out = LearningRate(groups, settings, curriculum), []
+        for s in steps:
+            assert schedule.set(s) == groups.param_groups[0]["lr"]
+            out.append((groups.param_groups[0]["lr"], groups.param_groups[1]["lr"]))
+        return out
+
+    whole = rates(range(15))
+    for start in (1, 4, 7, 10, 12, 14):
+        assert rates(range(start, 15)) == pytest.approx(whole[start:], rel=1e-12)
+    assert all(rate > 0 for rate, _ in whole[:-1])
+
+
+def test_a_stage_with_its_own_rate_begins_its_own_schedule(recipe: Callable[..., Recipe]) -> None:
+    curriculum = Curriculum(recipe(stages=STAGES))
+    assert [(s.start, s.steps, s.peak_lr) for s in curriculum.segments()] == [(0, 10, 1e-3), (10, 5, 5e-4)]
+    groups = Groups(1e-3)
+    schedule = LearningRate(groups, Optimizer(lr=1e-3, schedule="constant"), curriculum)
+    assert [schedule.set(s) for s in (0, 9, 10, 14)] == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4])
+
+
+def test_warm_up_is_linear_from_the_first_step(recipe: Callable[..., Recipe]) -> None:
+    curriculum = Curriculum(recipe(stages=STAGES))
+    schedule = LearningRate(Groups(1e-3), Optimizer(lr=1e-3, schedule="constant", warmup_steps=4), curriculum)
+    assert [schedule.set(s) for s in range(6)] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])

@@ -1,0 +1,273 @@
+"""A run that is interrupted anywhere and started again is the run that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from torch import Tensor
+
+from elastic_megatron.blocks import build_elastic_model
+from elastic_megatron.checkpoint import distributed, tracker
+from elastic_megatron.checkpoint.manifest import FILE, Manifest
+from elastic_megatron.checkpoint.resolve import elastic_space
+from elastic_megatron.checkpoint.tracker import TRACKER, newest
+from elastic_megatron.errors import UserError
+from elastic_megatron.recipe import Recipe
+from elastic_megatron.training import train as module
+from elastic_megatron.training.build import build_student
+from elastic_megatron.training.family import parent_source
+from elastic_megatron.training.train import train
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    """Metrics without the wall clock."""
+    out = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for line in out:
+        line.pop("step_ms", None)
+    return out
+
+
+def state_of(recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Every weight (router included) and the optimizer state of the newest checkpoint."""
+    source = parent_source(recipe)
+    model = build_student(recipe, source, elastic_space(recipe, source.manifest))
+    path = newest(recipe.run_dir / "checkpoints")
+    assert path is not None
+    distributed.load(path, model.bare, optimizer=model.optimizer)
+    weights = {n: t.clone() for n, t in model.bare.state_dict().items() if isinstance(t, Tensor)}
+    moments = {
+        f"{n}.{key}": value.clone()
+        for n, p in enumerate(model.optimizer.get_parameters())
+        for optimizer in getattr(model.optimizer, "chained_optimizers", [model.optimizer])
+        for key, value in optimizer.optimizer.state.get(p, {}).items()
+    }
+    return weights, moments
+
+
+def assert_same_state(a: Recipe, b: Recipe) -> None:
+    for mine, theirs in zip(state_of(a), state_of(b), strict=True):
+        assert set(mine) == set(theirs) and mine
+        for name, value in theirs.items():
+            assert torch.equal(mine[name], value), name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(elastic: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    recipe = elastic(tmp_path_factory.mktemp("straight") / "run")
+    outcome = train(recipe)
+    assert (outcome.step, outcome.total_steps, outcome.interrupted) == (6, 6, None)
+    return recipe
+
+
+def test_a_run_changes_every_weight_and_logs_every_step(uninterrupted: Recipe, parent: Path) -> None:
+    steps = [line for line in lines(uninterrupted.run_dir) if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert [line["tokens"] for line in steps] == [128, 256, 384, 512, 640, 768]
+    assert not any(line.get("skipped") for line in steps) and len({line["loss"] for line in steps}) == 6
+    evals = [line["eval"] for line in lines(uninterrupted.run_dir) if "eval" in line]
+    assert [e["step"] for e in evals] == [3, 6] and set(evals[0]["submodels"]) == {"full", "medium", "small"}
+    weights, _ = state_of(uninterrupted)
+    before = state_of_parent(uninterrupted)
+    unchanged = [n for n, t in before.items() if torch.equal(weights[n], t)]
+    assert not unchanged
+
+
+def state_of_parent(recipe: Recipe) -> dict[str, Tensor]:
+    source = parent_source(recipe)
+    space = elastic_space(recipe, source.manifest)
+    assert space is not None
+    model = build_elastic_model(space)
+    source.fill(model)
+    return {n: t.clone() for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+
+
+@pytest.mark.parametrize("crash_at", [3, 5])
+def test_resuming_is_exact(
+    uninterrupted: Recipe, elastic: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash_at: int
+) -> None:
+    """Killed after a checkpoint, or two steps later: the same lines and the same bits at the end."""
+    recipe, one_step = elastic(tmp_path / "run"), module._Run._one_step
+
+    def crash(self: Any, step: int, lr: float) -> None:
+        if step == crash_at:
+            raise KeyboardInterrupt
+        one_step(self, step, lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Run, "_one_step", crash)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe)
+    assert newest(recipe.run_dir / "checkpoints") == recipe.run_dir / "checkpoints" / "iter_0000003"
+    torch.manual_seed(999)  # nothing may depend on generator states
+    assert train(recipe).step == 6
+    assert lines(recipe.run_dir) == lines(uninterrupted.run_dir)
+    assert_same_state(recipe, uninterrupted)
+
+
+def test_training_again_after_the_end_does_nothing(
+    uninterrupted: Recipe, elastic: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = elastic(tmp_path / "run")
+    shutil.copytree(uninterrupted.run_dir, recipe.run_dir)
+    before = lines(recipe.run_dir)
+    assert train(recipe).step == 6 and lines(recipe.run_dir) == before
+
+
+class Crash(Exception):
+    """Power failure."""
+
+
+MOMENTS: dict[str, tuple[Any, str]] = {
+    "shards": (dist_checkpointing, "save"),
+    "manifest": (Manifest, "write"),
+    "side files": (shutil, "copy2"),
+    "rename": (Path, "rename"),
+    "tracker": (os, "replace"),
+    "pruning": (distributed, "_prune"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_crash_at_any_moment_of_a_save_leaves_a_loadable_checkpoint(
+    uninterrupted: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, after: bool
+) -> None:
+    root = tmp_path / "checkpoints"
+    shutil.copytree(uninterrupted.run_dir / "checkpoints", root)
+    source = parent_source(uninterrupted)
+    assert source.hf_files is not None
+    model = build_student(uninterrupted, source, elastic_space(uninterrupted, source.manifest))
+    old = newest(root)
+    assert old is not None and old.name == "iter_0000006"
+    distributed.load(old, model.bare, optimizer=model.optimizer)
+    manifest = Manifest.read(old / FILE)
+    owner, name = MOMENTS[moment]
+    original = getattr(owner, name)
+
+    def crash(*args: Any, **kwargs: Any) -> Any:
+        if after:
+            original(*args, **kwargs)
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, crash)
+        with pytest.raises(Crash):
+            distributed.save(root, 7, model.bare, manifest, optimizer=model.optimizer, state={"step": 7},
+                             hf_files=source.hf_files, keep_last=1)  # fmt: skip
+    found = newest(root)
+    new = moment == "pruning" or (moment == "tracker" and after)
+    assert found is not None and found.name == ("iter_0000007" if new else "iter_0000006")
+    assert distributed.load(found, model.bare, optimizer=model.optimizer)["step"] == (7 if new else 6)
+    # and the next save succeeds over the remains
+    distributed.save(root, 7, model.bare, manifest, optimizer=model.optimizer, state={"step": 7},
+                     hf_files=source.hf_files, keep_last=1)  # fmt: skip
+    assert [p.name for p in sorted(root.glob("iter_*"))] == ["iter_0000007"]
+    assert not list(root.glob(".iter_*"))
+    assert distributed.load(root / "iter_0000007", model.bare)["step"] == 7
+
+
+def test_only_the_last_checkpoints_are_kept(uninterrupted: Recipe) -> None:
+    names = sorted(p.name for p in (uninterrupted.run_dir / "checkpoints").iterdir())
+    assert names == ["iter_0000003", "iter_0000006", "latest_checkpointed_iteration.txt"]
+
+
+def damage_shard(folder: Path) -> None:
+    shard = max(folder.glob("*.distcp"), key=lambda p: p.stat().st_size)
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+
+
+def remove_shard(folder: Path) -> None:
+    next(folder.glob("*.distcp")).unlink()
+
+
+def remove_metadata(folder: Path) -> None:
+    (folder / ".metadata").unlink()
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "shard cut short": damage_shard,
+    "shard missing": remove_shard,
+    "metadata missing": remove_metadata,
+    "tracker garbled": lambda folder: (folder.parent / TRACKER).write_text("six\n"),
+    "tracker ahead": lambda folder: (folder.parent / TRACKER).write_text("99\n"),
+    "manifest garbled": lambda folder: (folder / FILE).write_text("{"),
+    "manifest of the future": lambda folder: (folder / FILE).write_text('{"format_version": 99}'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_a_one_line_user_error(
+    uninterrupted: Recipe, elastic: Callable[..., Recipe], tmp_path: Path, damage: str
+) -> None:
+    from elastic_megatron.checkpoint.source import open_source
+
+    run_dir = tmp_path / "run"
+    shutil.copytree(uninterrupted.run_dir, run_dir)
+    DAMAGES[damage](run_dir / "checkpoints" / "iter_0000006")
+    with pytest.raises(UserError) as caught:
+        if "manifest" in damage:
+            open_source(run_dir)
+        else:
+            train(elastic(run_dir))
+    assert "\n" not in str(caught.value) and str(run_dir) in str(caught.value)
+
+
+SCRIPT = """
+import sys
+def main():
+    from elastic_megatron.recipe import load
+    from elastic_megatron.training.train import train
+    outcome = train(load(sys.argv[1]))
+    print("ended", outcome.step, outcome.interrupted and outcome.interrupted.name, flush=True)
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_a_signal_saves_at_the_next_step_and_leaves(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """SIGUSR1, then SIGTERM, to a run of a thousand steps; each call continues where the last one stopped."""
+    stages = [{"name": "long", "tokens": 1000 * 4 * 16, "seq_length": 16, "global_batch_size": 4, "micro_batch_size": 4}]
+    run_dir, script = tmp_path / "run", tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    path = recipe_file(run_dir, stages=stages, checkpoint={"interval": 0}, log={"tensorboard": False, "eval_tokens": 16})
+    done = 0
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        process = subprocess.Popen([sys.executable, str(script), str(path)], stdout=subprocess.PIPE, text=True,
+                                   stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        try:
+            deadline = time.monotonic() + 120
+            metrics = run_dir / "metrics.jsonl"
+            while not metrics.exists() or len([x for x in lines_so_far(metrics) if "loss" in x]) < done + 2:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(number)
+            out, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            process.wait(timeout=30)
+        assert process.returncode == 0
+        words = out.split()
+        step = int(words[words.index("ended") + 1])
+        assert words[-1] == number.name and done < step < 1000
+        saved = newest(run_dir / "checkpoints")
+        assert saved is not None and saved.name == f"iter_{step:07d}"
+        assert [x["step"] for x in lines_so_far(metrics) if "loss" in x] == list(range(1, step + 1))
+        done = step
+
+
+def lines_so_far(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in path.read_text().splitlines() if text.endswith("}")]

@@ -1,0 +1,109 @@
+"""Write the family table of README.md from a run of the quickstart.
+
+python tools/readme_table.py quickstart/report.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from elastic_megatron.errors import UserError
+from elastic_megatron.report import format as say
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BEGIN, END = "<!-- family-table:begin -->", "<!-- family-table:end -->"
+HEADINGS = (
+    "size",
+    "parameters",
+    "active",
+    "of parent",
+    "unsorted slice",
+    "sorted slice",
+    "trained",
+    "gap closed",
+    "cost: target, realised",
+    "logits, transformers against Megatron",
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("report", type=Path, help="report.json of the quickstart")
+    parser.add_argument("--readme", type=Path, default=README, help="file to change (default: README.md)")
+    args = parser.parse_args()
+    try:
+        table = render(_read(args.report))
+        args.readme.write_text(replace_block(args.readme.read_text(encoding="utf-8"), table), encoding="utf-8")
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The Markdown table and the sentence above it; the parent first, then the submodels in order.
+
+    Raises ``UserError`` where ``report`` is not a complete report of the quickstart.
+    """
+    try:
+        parent, data = report["parent"], report["data"]
+        rows = [_parent_row(parent)]
+        rows += [_row(name, m, parent["active_params"]) for name, m in report["submodels"].items()]
+        lead = (
+            f"Losses are {data['unit']} on {data['eval_tokens']:,} held-out bytes, seed {report['seed']}; "
+            f"data-parallel ranks: {min(2, report['machine']['cores'])}."
+        )
+    except (KeyError, TypeError) as e:
+        raise UserError(
+            f"this is no report.json of the quickstart ({type(e).__name__}: {e}); run make quickstart"
+        ) from None
+    rule = [":---"] + ["---:"] * (len(HEADINGS) - 1)
+    return "\n".join([lead, "", *("| " + " | ".join(cells) + " |" for cells in (HEADINGS, rule, *rows))])
+
+
+def replace_block(text: str, table: str) -> str:
+    """``text`` with ``table`` between the markers. Raises ``UserError`` unless each marker is there once."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise UserError(f"the file needs {BEGIN} and, after it, {END} exactly once; add them")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+
+
+def _parent_row(parent: Mapping[str, Any]) -> tuple[str, ...]:
+    sizes = (say.count(parent["total_params"]), say.count(parent["active_params"]))
+    return ("parent", *sizes, "100 %", "", "", say.loss(parent["loss"]), "", "", "")
+
+
+def _row(name: str, m: Mapping[str, Any], whole: float) -> tuple[str, ...]:
+    return (
+        name,
+        say.count(m["total_params"]),
+        say.count(m["active_params"]),
+        say.percent(m["active_params"] / whole),
+        say.loss(m["loss_unsorted_slice"]),
+        say.loss(m["loss_sorted_slice"]),
+        say.loss(m["loss_trained"]),
+        "" if m["gap_closed"] is None else say.percent(m["gap_closed"]),
+        f"{say.percent(m['target_cost'], 1)}, {say.percent(m['realised_cost'], 1)}",
+        f"{m['logits_error']:.0e}",
+    )
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}); run make quickstart first") from None
+    except ValueError as e:
+        raise UserError(f"{path} is no valid JSON ({e}); run make quickstart again") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
