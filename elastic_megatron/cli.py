@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from . import __version__
@@ -17,6 +18,11 @@ from .commands import convert, evaluate, plan, quickstart, rank, recipe, train
 from .data import cli as prepare_data
 from .errors import UserError
 from .report import cli as report
+
+# what the file system refuses is no defect: a path that cannot be written, a full disk
+_REFUSALS = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+}  # fmt: skip
 
 COMMANDS = (quickstart, plan, recipe, prepare_data, rank, train, convert, evaluate, report)
 
@@ -50,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet()
     machine_readable = getattr(args, "json", False)
     try:
-        with contextlib.redirect_stdout(sys.stderr) if machine_readable else contextlib.nullcontext():
+        with _stdout_to_stderr() if machine_readable else contextlib.nullcontext():
             result = args.handler(args)
         if machine_readable:
             print(json.dumps(result), flush=True)
@@ -64,11 +70,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough; keep the interpreter from flushing into the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception:  # an internal failure: the traceback is for a bug report
+    except Exception as e:  # an internal failure: the traceback is for a bug report
+        if isinstance(e, OSError) and e.errno in _REFUSALS and not os.environ.get("ELASTIC_MEGATRON_DEBUG"):
+            print(f"error: {e.filename or 'output'}: {e.strerror}; choose another path", file=sys.stderr)
+            return 2
         traceback.print_exc()
         print("this is a defect of elastic-megatron; please report it with the traceback", file=sys.stderr)
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Down to the file descriptor, so that child processes and libraries cannot mix into the JSON either."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _quiet() -> None:
@@ -77,6 +100,7 @@ def _quiet() -> None:
         return
     import logging
 
+    os.environ.setdefault("TORCH_LOGS", "-torch")  # its import resets the level that is set below
     warnings.simplefilter("ignore")
     for name in ("megatron", "torch", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)

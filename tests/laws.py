@@ -108,7 +108,9 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def build_elastic(space: ElasticSpace, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: Any) -> Any:
+def build_elastic(
+    space: ElasticSpace, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: Any
+) -> Any:
     torch.manual_seed(seed)
     return randomise(build_elastic_model(space, dtype=dtype, **overrides), seed)
 
@@ -172,7 +174,10 @@ def worst(a: Mapping[str, Tensor], b: Mapping[str, Tensor], floor: float = 1e-12
     """Largest relative distance over named tensors; those of size ``floor`` x the largest count as that size."""
     assert set(a) == set(b), set(a) ^ set(b)
     scale = floor * max(float(v.double().norm()) for v in b.values())
-    found = [(float((a[n].double() - b[n].double()).norm() / max(float(b[n].double().norm()), scale)), n) for n in b]
+    found = [
+        (float((a[n].double() - b[n].double()).norm() / max(float(b[n].double().norm()), scale)), n)
+        for n in b
+    ]
     return max(found)
 
 

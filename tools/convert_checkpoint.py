@@ -29,7 +29,8 @@ def main() -> int:
     args, rest = parser.parse_known_args()
     command = COMMANDS.get((args.loader, args.saver))
     if command is None:
-        parser.error("core to core converts nothing; go through hf")
+        print("error: --loader core --saver core converts nothing; go through hf", file=sys.stderr)
+        return 2
     submodel = ["--submodel", args.submodel] if args.submodel is not None else []
     return cli.main([command, args.load_dir, args.save_dir, *submodel, *rest])
 

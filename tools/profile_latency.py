@@ -42,8 +42,8 @@ def _profile(args: argparse.Namespace) -> None:
         )
     from elastic_megatron import runtime
     from elastic_megatron.blocks.profile import profile_layers
-    from elastic_megatron.recipe import load
     from elastic_megatron.checkpoint.resolve import elastic_space, parent_manifest
+    from elastic_megatron.recipe import load
     from elastic_megatron.training.family import DTYPES
 
     recipe = load(args.recipe, args.overrides)

@@ -21,13 +21,13 @@ HEADINGS = (
     "size",
     "parameters",
     "active",
-    "of parent",
+    "asked",
+    "chosen",
     "unsorted slice",
     "sorted slice",
     "trained",
     "gap closed",
-    "cost: target, realised",
-    "logits, transformers against Megatron",
+    "logit difference",
 )
 
 
@@ -40,7 +40,9 @@ def main() -> int:
     args = parser.parse_args()
     try:
         table = render(_read(args.report))
-        args.readme.write_text(replace_block(args.readme.read_text(encoding="utf-8"), table), encoding="utf-8")
+        args.readme.write_text(
+            replace_block(args.readme.read_text(encoding="utf-8"), table), encoding="utf-8"
+        )
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -55,10 +57,10 @@ def render(report: Mapping[str, Any]) -> str:
     try:
         parent, data = report["parent"], report["data"]
         rows = [_parent_row(parent)]
-        rows += [_row(name, m, parent["active_params"]) for name, m in report["submodels"].items()]
+        rows += [_row(name, m) for name, m in report["submodels"].items()]
         lead = (
-            f"Losses are {data['unit']} on {data['eval_tokens']:,} held-out bytes, seed {report['seed']}; "
-            f"data-parallel ranks: {min(2, report['machine']['cores'])}."
+            f"Losses in {data['unit']} on {data['eval_tokens']:,} held-out bytes; seed {report['seed']}, "
+            f"data-parallel ranks {min(2, report['machine']['cores'])}."
         )
     except (KeyError, TypeError) as e:
         raise UserError(
@@ -78,20 +80,20 @@ def replace_block(text: str, table: str) -> str:
 
 def _parent_row(parent: Mapping[str, Any]) -> tuple[str, ...]:
     sizes = (say.count(parent["total_params"]), say.count(parent["active_params"]))
-    return ("parent", *sizes, "100 %", "", "", say.loss(parent["loss"]), "", "", "")
+    return ("parent", *sizes, "", "", "", "", say.loss(parent["loss"]), "", "")
 
 
-def _row(name: str, m: Mapping[str, Any], whole: float) -> tuple[str, ...]:
+def _row(name: str, m: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         name,
         say.count(m["total_params"]),
         say.count(m["active_params"]),
-        say.percent(m["active_params"] / whole),
+        say.percent(m["target_cost"], 1),
+        say.percent(m["realised_cost"], 1),
         say.loss(m["loss_unsorted_slice"]),
         say.loss(m["loss_sorted_slice"]),
         say.loss(m["loss_trained"]),
         "" if m["gap_closed"] is None else say.percent(m["gap_closed"]),
-        f"{say.percent(m['target_cost'], 1)}, {say.percent(m['realised_cost'], 1)}",
         f"{m['logits_error']:.0e}",
     )
 

@@ -8,9 +8,11 @@ crash at any moment leaves the previous checkpoint loadable and named.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,26 +76,46 @@ def save(
 def load(path: Path, model: nn.Module, *, optimizer: Any = None) -> dict[str, Any]:
     """Load weights (and optimizer) from an ``iter_*`` folder into a built model; returns the saved ``state``.
 
-    Raises ``UserError`` where a shard is missing or damaged, or the weights do not fit the model.
+    Raises ``UserError`` where a shard or ``elastic.json`` is missing, damaged or of a later release, or the
+    weights do not fit the model.
     """
     from megatron.core import dist_checkpointing
 
+    Manifest.read(path / FILE)
     shards: dict[str, Any] = {"model": model.sharded_state_dict(metadata=_metadata())}
     if optimizer is not None:
         shards["optimizer"] = optimizer.sharded_state_dict(shards, is_loading=True, metadata=_metadata())
     try:
-        loaded = dist_checkpointing.load(shards, str(path))
+        with _unlogged():
+            loaded = dist_checkpointing.load(shards, str(path))
     except (Exception, CheckpointException) as e:  # every storage backend raises its own; torch's is no Exception
-        reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
         raise UserError(
-            f"{path} cannot be loaded ({type(e).__name__}: {reason[:160]}); it is damaged or of another model: "
-            "delete the folder and name an older iteration in the tracker file"
+            f"{path} cannot be loaded ({_reason(e)}); it is damaged or of another model: name an older "
+            "iteration in the tracker file, or use another run_dir"
         ) from e
     model.load_state_dict(loaded["model"], strict=False)
     if optimizer is not None:
         with torch.no_grad():  # the fp32 path copies into views of leaves
             optimizer.load_state_dict(loaded["optimizer"])
     return dict(loaded.get("state", {}))
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """torch logs tracebacks of what a user is told in one line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _reason(error: BaseException) -> str:
+    """One line about a failed load; a ``CheckpointException`` wraps the failure of each rank."""
+    inner = next((e for e, _ in getattr(error, "failures", {}).values()), error)
+    line = next((line.strip() for line in str(inner).splitlines() if line.strip()), "")
+    return f"{type(inner).__name__}: {line[:160]}"
 
 
 def _metadata() -> dict[str, Any]:

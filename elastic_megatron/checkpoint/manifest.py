@@ -79,6 +79,8 @@ class Manifest:
             raise UserError(
                 f"{source} is damaged ({type(e).__name__}: {e}); restore it from a backup"
             ) from None
+        if space is not None and space.parent != manifest.shape:
+            raise UserError(f"{source} is damaged (shape and space disagree); restore it from a backup")
         for name, spec in submodels.items():
             if space is not None:
                 space.check(spec, f"{source}: submodel {name}")
@@ -94,6 +96,8 @@ class Manifest:
             data = json.loads(path.read_text())
         except FileNotFoundError:
             raise UserError(f"{path} is missing; is {path.parent} a checkpoint of this project?") from None
-        except json.JSONDecodeError as e:
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
             raise UserError(f"{path} is no valid JSON ({e}); restore it from a backup") from None
+        if not isinstance(data, dict):
+            raise UserError(f"{path} holds a {type(data).__name__}, not an object; restore it from a backup")
         return cls.from_dict(data, str(path))

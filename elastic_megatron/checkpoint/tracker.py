@@ -20,8 +20,8 @@ def newest(directory: Path) -> Path | None:
     tracker = directory / TRACKER
     if not tracker.exists():
         return None
-    text = tracker.read_text().strip()
-    path = directory / f"iter_{int(text):07d}" if text.isdigit() else None
+    text = tracker.read_text(errors="replace").strip()
+    path = directory / f"iter_{int(text):07d}" if text.isdecimal() else None
     if path is None or not (path / FILE).exists():
         names = ", ".join(p.name for p in complete(directory)) or "none"
         raise UserError(

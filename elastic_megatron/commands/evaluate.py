@@ -58,6 +58,12 @@ def evaluate_source(
     token_windows = list(windows(encode(load_tokenizer(opened.hf_files), _read(text)), seq_length))
     if not token_windows:
         raise UserError(f"{text} has fewer than 2 tokens; give a longer text")
+    largest = max(int(w.max()) for w in token_windows)
+    if largest >= manifest.shape.vocab_size:
+        raise UserError(
+            f"the tokenizer in {opened.hf_files} gives token {largest}, but the model's vocabulary has "
+            f"{manifest.shape.vocab_size}; put the tokenizer of the model there"
+        )
     elastic = manifest.space is not None and manifest.submodels
     if submodel != "all" and not elastic and submodel != "parent":
         manifest.submodel(submodel)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 def add_parser(subparsers: Any) -> None:
@@ -34,5 +35,14 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
     if (args.text is None) != (args.heldout is None):
         raise UserError("--text and --heldout come together: one to train on, one to be judged on")
-    report = quickstart(args.out, recipes=args.recipes, text=args.text, heldout=args.heldout)
+    before = signal.signal(signal.SIGTERM, _leave)
+    try:
+        report = quickstart(args.out, recipes=args.recipes, text=args.text, heldout=args.heldout)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return report if args.json else None
+
+
+def _leave(number: int, _: object) -> NoReturn:
+    """An exception, so that the training ranks are stopped too: they save and leave nothing running."""
+    raise SystemExit(128 + number)

@@ -123,7 +123,7 @@ class Rank(Section):
 
 
 class GumbelTau(Section):
-    """Temperature of the Gumbel-softmax, linear over the run."""
+    """Temperature of the Gumbel-softmax, geometric over the run."""
 
     start: PositiveFloat = Field(default=1.0, description="At the first step.")
     end: PositiveFloat = Field(default=0.05, description="At the last step.")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -15,22 +16,20 @@ from elastic_megatron.report.router import certainty
 def family_table(report: dict[str, Any]) -> Table:
     """One row per submodel, the parent first; values that ``report`` lacks are dashes.
 
-    ``report`` is the object of ``report.json``. Losses are in its ``data.unit``, nats per token by default.
+    ``report`` is the object of ``report.json``. Losses are in its ``data.unit``, nats per token by default;
+    ``closed`` is the share of the gap between sorted slice and parent that training closed; ``cost`` is
+    target and realised.
     """
     parent, unit = report.get("parent") or {}, (report.get("data") or {}).get("unit") or "nats per token"
-    table = Table(
-        title=f"{escape(str(report.get('name') or 'family'))}, loss in {escape(unit)}", title_justify="left"
-    )
-    table.add_column("size", style="bold")
-    for heading in ("params", "active", "of parent", "unsorted", "sorted", "trained", "gap closed", "cost"):
+    title = f"{escape(str(report.get('name') or 'family'))}, loss in {escape(unit)}"
+    table = _table(title)
+    for heading in ("params", "active", "unsorted", "sorted", "trained", "closed", "cost"):
         table.add_column(heading, justify="right", no_wrap=True)
-    whole = parent.get("active_params")
     if parent:
         sizes = [_shown(parent.get(key), say.count) for key in ("total_params", "active_params")]
         table.add_row(
             "parent",
             *sizes,
-            "100 %" if whole else "–",
             "–",
             "–",
             _shown(parent.get("loss"), say.loss),
@@ -38,12 +37,10 @@ def family_table(report: dict[str, Any]) -> Table:
             "–",
         )
     for name, m in (report.get("submodels") or {}).items():
-        active = m.get("active_params")
         table.add_row(
             escape(name),
             _shown(m.get("total_params"), say.count),
-            _shown(active, say.count),
-            say.percent(active / whole) if active and whole else "–",
+            _shown(m.get("active_params"), say.count),
             *(
                 _shown(m.get(f"loss_{key}"), say.loss)
                 for key in ("unsorted_slice", "sorted_slice", "trained")
@@ -56,7 +53,17 @@ def family_table(report: dict[str, Any]) -> Table:
 
 def _cost(m: dict[str, Any]) -> str:
     target, realised = m.get("target_cost"), m.get("realised_cost")
-    return f"{cost(target)} → {cost(realised)}" if finite(target) and finite(realised) else "–"
+    if not (finite(target) and finite(realised)):
+        return "–"
+    asked, got = cost(target), cost(realised)
+    return f"{asked.removesuffix(' %') if got.endswith(' %') else asked} → {got}"
+
+
+def _table(title: str) -> Table:
+    """Room for 80 columns: no outer frame, and the first column is never squeezed away."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("size", style="bold", no_wrap=True)
+    return table
 
 
 def _shown(value: Any, show: Any) -> str:
@@ -72,8 +79,7 @@ def router_table(router_line: dict[str, Any]) -> Table:
     """
     budgets = router_line.get("budgets") or {}
     axes = list(dict.fromkeys(axis for budget in budgets.values() for axis in budget.get("widths") or {}))
-    table = Table(title=_router_title(router_line), title_justify="left")
-    table.add_column("budget", style="bold")
+    table = _table(_router_title(router_line))
     for heading in ["cost", "target", *(say.axis_title(axis) for axis in axes)]:
         table.add_column(heading, justify="right")
     for name, budget in budgets.items():
@@ -96,4 +102,4 @@ def _choice(budget: dict[str, Any], axis: str) -> Text:
     if not probs:
         return Text(say.width(chosen))
     sure = certainty(probs)
-    return Text(f"{say.width(chosen)} ({say.percent(sure)})", style="yellow" if sure < 0.5 else "")
+    return Text(f"{say.width(chosen)} ({say.percent(sure).replace(' ', '')})", style="yellow" if sure < 0.5 else "")

@@ -11,16 +11,21 @@ import logging
 import multiprocessing
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
 
+from elastic_megatron.runtime.standins import Event, Stream, cpu_rng_tracker, sharded_gated_norm
+
 logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
-_FACTORIES = ["arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randint", "randn", "tensor", "zeros", "zeros_like"]
+_FACTORIES = (
+    *("arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like"),
+    *("rand", "randint", "randn", "tensor", "zeros", "zeros_like"),
+)
 _installed: list[str] = []
 
 NOISE = (
@@ -65,17 +70,6 @@ def quiet_upstream() -> None:
         warnings.filterwarnings("ignore", message=message)
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def keep_freed_memory() -> None:
-    """glibc gives freed activations back to the system and takes fresh pages for the next ones: page faults are a
-    tenth of a small training step.  Up to 2 GiB of freed heap stay; a C library without ``mallopt`` is left alone."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # <malloc.h>
-        mallopt(mmap_threshold, 32 << 20)
-        mallopt(trim_threshold, (2 << 30) - 1)
-        mallopt(top_pad, 64 << 20)
 
 
 def eager_instead_of_compiled() -> None:
@@ -126,44 +120,18 @@ def rng_tracker_on_cpu() -> None:
     """
     from megatron.core.tensor_parallel import random as module
 
-    class CpuRNGStatesTracker(module.CudaRNGStatesTracker):
-        """Named generator states, swapped into torch's CPU generator."""
-
-        def add(self, name: str, seed: int) -> None:
-            self._is_initialized = True
-            if seed in self.seeds_ or name in self.states_:
-                raise ValueError(f"rng state {name!r} or seed {seed} exists already")
-            self.seeds_.add(seed)
-            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
-
-        @contextlib.contextmanager
-        def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
-            if name not in self.states_:
-                raise KeyError(f"rng state {name!r} is not added")
-            outer, outer_name = torch.get_rng_state(), self._current_state_name
-            if outer_name != "default-rng":
-                self.states_[outer_name] = outer
-            torch.set_rng_state(self.states_[name])
-            self._current_state_name = name
-            try:
-                yield
-            finally:
-                self.states_[name] = torch.get_rng_state()
-                torch.set_rng_state(outer if outer_name == "default-rng" else self.states_[outer_name])
-                self._current_state_name = outer_name
-
     module._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     module._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    module._CUDA_RNG_STATE_TRACKER = CpuRNGStatesTracker()
+    module._CUDA_RNG_STATE_TRACKER = cpu_rng_tracker()
     module._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
 
 
 def streams_are_synchronous() -> None:
     """``CUDA driver version is insufficient``: streams and events in ``transformer/moe/token_dispatcher.py``,
     ``distributed/param_and_grad_buffer.py``, p2p communication, timers and ``filesystem_async.py``."""
-    stream = _Stream()
+    stream = Stream()
     cuda: Any = torch.cuda
-    cuda.Stream, cuda.Event = _Stream, _Event
+    cuda.Stream, cuda.Event = Stream, Event
     cuda.current_stream = cuda.default_stream = lambda *_, **__: stream
     cuda.stream = lambda *_, **__: contextlib.nullcontext()
     cuda.synchronize = cuda.set_stream = lambda *_, **__: None
@@ -179,14 +147,14 @@ def mamba_kernels_in_torch() -> None:
 
     if module.HAVE_MAMBA_SSM:
         return
-    module.ExtendedRMSNorm = _sharded_gated_norm()
+    module.ExtendedRMSNorm = sharded_gated_norm()
     module.mamba_chunk_scan_combined = ssd.mamba_chunk_scan_combined
     module.mamba_split_conv1d_scan_combined = ssd.mamba_split_conv1d_scan_combined
     module.HAVE_MAMBA_SSM = True
 
 
 def final_norm_in_torch() -> None:
-    """``Transformer Engine is not installed``: ``models/hybrid/hybrid_block.py`` builds ``TENorm`` whatever the spec."""
+    """``Transformer Engine is not installed``: ``models/hybrid/hybrid_block.py`` builds ``TENorm`` for any spec."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.core.models.hybrid import hybrid_block as module
 
@@ -197,8 +165,8 @@ def final_norm_in_torch() -> None:
 
 
 def split_sizes_as_numpy() -> None:
-    """``all_to_all_single(): incompatible function arguments``: ``moe_utils.maybe_move_tensor_to_cpu`` makes split sizes
-    numpy only if they were on a GPU (``tensor_parallel/mappings.py`` then passes tensors)."""
+    """``all_to_all_single(): incompatible function arguments``: ``moe_utils.maybe_move_tensor_to_cpu`` makes numpy of
+    split sizes only if they were on a GPU, and ``tensor_parallel/mappings.py`` then passes tensors."""
     from megatron.core.transformer.moe import token_dispatcher as module
 
     def convert(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -247,7 +215,6 @@ def checkpoint_queue_by_fork() -> None:
 
 ADAPTATIONS: tuple[Callable[[], None], ...] = (
     quiet_upstream,
-    keep_freed_memory,
     eager_instead_of_compiled,
     current_device_is_cpu,
     cuda_literals_mean_cpu,
@@ -283,65 +250,3 @@ def _die_with_parent() -> None:
     PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _sharded_gated_norm() -> type:
-    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-
-    from elastic_megatron.runtime.ssd import RMSNormGated
-
-    class ExtendedRMSNorm(RMSNormGated):
-        """The gated norm with the sharded state of ``mamba_mixer.ExtendedRMSNorm``: rows over tensor ranks."""
-
-        def sharded_state_dict(
-            self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
-        ) -> dict[str, Any]:
-            state = self.state_dict(prefix="", keep_vars=True)
-            return make_sharded_tensors_for_checkpoint(
-                state,
-                prefix,
-                {"weight": 0},
-                sharded_offsets,
-                tp_group=self.tp_group,
-                dp_cp_group=(metadata or {})["dp_cp_group"],
-            )
-
-    return ExtendedRMSNorm
-
-
-class _Stream:
-    """The one stream of a CPU: everything is done when the call returns."""
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def wait_stream(self, *_: Any) -> None: ...
-
-    def wait_event(self, *_: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def record_event(self, *_: Any) -> "_Event":
-        return _Event()
-
-    def query(self) -> bool:
-        return True
-
-    @staticmethod
-    def priority_range() -> tuple[int, int]:
-        return (0, 0)
-
-
-class _Event:
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def record(self, *_: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def wait(self, *_: Any) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, _: Any) -> float:
-        return 0.0

@@ -68,18 +68,18 @@ def start(
     if _running is not None and _running[1] == sizes:
         _seed(seed)
         return _running[0]
-    from_cuda = torch.cuda.is_available()
-    if from_cuda and sequence:
+    on_cuda = torch.cuda.is_available()
+    if on_cuda and sequence:
         # One hardware queue keeps the order of kernels, which overlapped sequence-parallel
         # communication relies on; it must be set before CUDA starts.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if not from_cuda:
+    if not on_cuda:
         # Soft router masks decay into denormals, which slow training up to 3.5 times.  The flag belongs to a
         # thread, and a thread inherits it from its creator: set before torch's first parallel operation it
         # holds in every intra-op thread, set later only in this one.
         torch.set_flush_denormal(True)
         adapt()
-    runtime = _init_distributed(from_cuda, init_timeout_seconds)
+    runtime = _init_distributed(on_cuda, init_timeout_seconds)
     _init_model_parallel(sizes, init_timeout_seconds)
     _running = (runtime, sizes)
     _seed(seed)
@@ -124,15 +124,15 @@ def _check(sizes: _Sizes, sequence: bool, world: int) -> None:
         raise UserError("parallel: virtual_pipeline needs pipeline > 1; remove it or raise parallel.pipeline")
 
 
-def _init_distributed(from_cuda: bool, timeout: float) -> Runtime:
+def _init_distributed(on_cuda: bool, timeout: float) -> Runtime:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if from_cuda else torch.device("cpu")
-    if from_cuda:
+    device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+    if on_cuda:
         torch.cuda.set_device(device)
-    backend = "nccl" if from_cuda else "gloo"
+    backend = "nccl" if on_cuda else "gloo"
     if not torch.distributed.is_initialized():
         arguments = {"backend": backend, "timeout": timedelta(seconds=timeout)}
-        if from_cuda:
+        if on_cuda:
             arguments["device_id"] = device
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             # A store in this process needs no port, so two runs on one machine cannot collide.

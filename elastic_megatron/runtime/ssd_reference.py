@@ -43,7 +43,7 @@ def ssd_reference(
 
 
 def causal_conv1d_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``silu(sum_k weight[:, k] x_{t-width+1+k} + bias)``; ``x`` ``[batch, length, channels]``, ``weight`` ``[channels, width]``."""
+    """``silu(sum_k weight[:, k] x_{t-width+1+k} + bias)``, shapes as in :func:`.ssd.causal_conv1d`."""
     width = weight.shape[1]
     past = F.pad(x, (0, 0, width - 1, 0))
     return F.silu(sum(weight[:, k] * past[:, k : k + x.shape[1]] for k in range(width)) + bias)

@@ -69,7 +69,7 @@ class ChunkScan(torch.autograd.Function):
         d_state = torch.empty_like(final)
         for rows, group in _blocks(x):
             d_scan = d_out[rows, :, :, group]
-            if z is not None:
+            if z is not None and d_z is not None:
                 d_scan = _gate_backward(
                     d_scan, *_gate_block(scan, x, D, z, rows, group), d_z=d_z[rows, :, :, group]
                 )
@@ -83,7 +83,7 @@ class ChunkScan(torch.autograd.Function):
                 d_final=None if d_final is None else d_final[rows, group],
                 d_x=d_block_x,
             )
-            if D is not None:
+            if D is not None and d_D is not None:
                 d_block_x.addcmul_(d_scan, D[group])
                 d_D[group] += (d_scan * x[rows, :, :, group]).sum((0, 1, 2)).sum_to_size(D[group].shape)
             for whole, part in zip((d_dt, d_a, d_B, d_C), grads, strict=False):

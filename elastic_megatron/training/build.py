@@ -36,10 +36,13 @@ def build_student(recipe: Recipe, source: Source, space: ElasticSpace | None) ->
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.optimizer.optimizer_config import ParamKey
 
-    dtype = DTYPES[recipe.model.dtype]
+    dtype, distributed = DTYPES[recipe.model.dtype], recipe.parallel.distributed_optimizer
+    if dtype is torch.bfloat16 and not distributed:
+        raise UserError(
+            "parallel.distributed_optimizer is false, but without it Megatron cannot save the fp32 parameters of a "
+            "bf16 model (A_log, D, the router); set it to true, or model.dtype to fp32"
+        )
     overrides = moe_overrides(recipe, source)
     if recipe.parallel.recompute == "full":
         overrides |= {
@@ -68,25 +71,34 @@ def build_student(recipe: Recipe, source: Source, space: ElasticSpace | None) ->
     bare.train()
     config = bare.config
     config.finalize_model_grads_func = finalize_model_grads
-    distributed = recipe.parallel.distributed_optimizer
     ddp = DistributedDataParallel(
         config,
         DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed),
         bare,
     )
+    return Model(bare, ddp, _optimizer(recipe, ddp, dtype), space, router)
+
+
+def _optimizer(recipe: Recipe, ddp: nn.Module, dtype: torch.dtype) -> Any:
+    """Megatron's Adam: the router at its own rate, and no parameter group of two types."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer.optimizer_config import ParamKey
+
     o = recipe.optimizer
     settings = OptimizerConfig(
         optimizer="adam", lr=o.lr, min_lr=o.min_lr, weight_decay=o.weight_decay, adam_beta1=o.betas[0],
         adam_beta2=o.betas[1], adam_eps=o.eps, clip_grad=o.clip_grad, bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=distributed,
+        use_distributed_optimizer=recipe.parallel.distributed_optimizer,
     )  # fmt: skip
     r = recipe.router
-    override = {"max_lr": r.lr, "min_lr": o.min_lr * r.lr / o.lr, "wd_mult": 0.0}
-    optimizer = get_megatron_optimizer(
-        settings, [ddp], config_overrides={ParamKey(name="*budget_router.*"): override}
-    )
-    return Model(bare, ddp, optimizer, space, router)
+    groups = {
+        ParamKey(name="*budget_router.*"): {"max_lr": r.lr, "min_lr": o.min_lr * r.lr / o.lr, "wd_mult": 0.0},
+        # fp32 in a bf16 model too, and Megatron cannot save a parameter group of two types; mamba-ssm
+        # exempts both from weight decay
+        ParamKey(name=("*.mixer.A_log", "*.mixer.D")): {"wd_mult": 0.0},
+    }
+    return get_megatron_optimizer(settings, [ddp], config_overrides=groups)
 
 
 def moe_overrides(recipe: Recipe, source: Source) -> dict[str, Any]:
@@ -105,6 +117,11 @@ def build_teacher(recipe: Recipe, source: Source) -> nn.Module | None:
     """The frozen parent (or another checkpoint), in evaluation mode; ``None`` for plain cross-entropy."""
     if recipe.loss.kind == "cross_entropy":
         return None
+    if recipe.teacher.checkpoint is None and recipe.model.sizes is not None:
+        raise UserError(
+            f"loss.kind {recipe.loss.kind} distils the parent, but model.sizes starts from random weights; train "
+            "a parent first and name it in model.checkpoint, or name a teacher.checkpoint"
+        )
     chosen = source if recipe.teacher.checkpoint is None else open_source(recipe.teacher.checkpoint)
     if chosen.manifest.shape.vocab_size != source.manifest.shape.vocab_size:
         raise UserError(

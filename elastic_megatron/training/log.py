@@ -44,7 +44,8 @@ class RunLog:
         self.total = total
         self.started = time.monotonic()
         self.first = resumed_at
-        self.writer = _tensorboard(run_dir / "tensorboard") if tensorboard else None
+        self.tensorboard = run_dir / "tensorboard" if tensorboard else None
+        self.writer: Any = None
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
         if self.console.is_terminal:
@@ -72,7 +73,7 @@ class RunLog:
             done = step - self.first
             left = (time.monotonic() - self.started) / max(done, 1) * (self.total - step)
             print(f"{self.title}: step {step}/{self.total}  {note}  about {left:.0f} s left", file=sys.stderr)
-        if self.writer is not None:
+        if self._scalars():
             for key in ("loss", "kd_loss", "router_loss", "lr", "grad_norm", "step_ms"):
                 if line.get(key) is not None:
                     self.writer.add_scalar(f"train/{key}", line[key], step)
@@ -82,7 +83,7 @@ class RunLog:
         if not self.active:
             return
         self._write({kind: value})
-        if self.writer is not None and kind == "eval":
+        if kind == "eval" and self._scalars():
             for name, result in value["submodels"].items():
                 self.writer.add_scalar(f"eval/{name}", result["loss"], value["step"])
 
@@ -90,6 +91,12 @@ class RunLog:
         """A line or rich renderable for the person watching."""
         if self.active:
             self.console.print(text)
+
+    def _scalars(self) -> bool:
+        """Is TensorBoard wanted? Opened when there is something to write: a finished run gets no empty file."""
+        if self.tensorboard is not None and self.writer is None:
+            self.writer = _tensorboard(self.tensorboard)
+        return self.writer is not None
 
     def _write(self, line: Mapping[str, Any]) -> None:
         self.file.write(json.dumps(line) + "\n")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -82,7 +83,11 @@ def _collect(recipe: Recipe, model: nn.Module, space: ElasticSpace) -> Ranking:
     if "num_layers" in space.axes and not recipe.rank.depth:
         raise UserError("num_layers is elastic but rank.depth is false; set rank.depth: true")
     total = -(-recipe.rank.samples // recipe.rank.micro_batch_size)
-    batches = track(_batches(recipe, model), "ranking", total=total, transient=True)
+    console = Console(stderr=True)
+    batches = track(
+        _batches(recipe, model), "ranking", total=total, transient=True, console=console,
+        disable=not console.is_terminal,
+    )  # fmt: skip
     return collect(model, space.parent, batches, axes=axes, head_dim_kept=dims[-1] if dims else None)
 
 
@@ -99,8 +104,13 @@ def _batches(recipe: Recipe, model: nn.Module) -> Iterator[dict[str, Tensor]]:
     device = next(model.parameters()).device
     for start in range(0, settings.samples, settings.micro_batch_size):
         count = min(settings.micro_batch_size, settings.samples - start)
-        rows = [dataset[start + i]["tokens"] for i in range(count)]
-        yield {"tokens": torch.stack(rows).to(device)}
+        tokens = torch.stack([dataset[start + i]["tokens"] for i in range(count)])
+        if int(tokens.max()) >= model.vocab_size:
+            raise UserError(
+                f"data.train has token {int(tokens.max())}, but the model's vocabulary has {model.vocab_size}; "
+                "prepare the data with the tokenizer of the model"
+            )
+        yield {"tokens": tokens.to(device)}
 
 
 @torch.no_grad()

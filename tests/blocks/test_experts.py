@@ -7,7 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from laws import build_elastic, build_slice, gradients, one_hot, recomputing, run, scalar, spec_of, subspace, tokens, worst
+from laws import (
+    build_elastic,
+    build_slice,
+    gradients,
+    one_hot,
+    recomputing,
+    run,
+    scalar,
+    spec_of,
+    subspace,
+    tokens,
+    worst,
+)
 from megatron.core.transformer.moe.moe_logging import (
     MoEMetricsTracker,
     destroy_moe_metrics_tracker,
@@ -98,7 +110,9 @@ COEFFICIENTS = ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_l
 
 def recorded() -> dict[str, Tensor]:
     """[layers] values of every auxiliary loss since the last call."""
-    found = {name: entry.values.detach().double() for name, entry in get_moe_metrics_tracker().metrics.items()}
+    found = {
+        name: entry.values.detach().double() for name, entry in get_moe_metrics_tracker().metrics.items()
+    }
     set_moe_metrics_tracker(MoEMetricsTracker())
     return found
 
@@ -107,9 +121,7 @@ def recorded() -> dict[str, Tensor]:
 @pytest.mark.parametrize("recompute", [False, True], ids=["plain", "recompute"])
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_auxiliary_losses_equal_those_of_the_sliced_model(
-    loss: str, name: str, recompute: bool
-) -> None:
+def test_auxiliary_losses_equal_those_of_the_sliced_model(loss: str, name: str, recompute: bool) -> None:
     spec, inputs = SPECS[name], tokens(SPACE, 3, 11)
     model = build_elastic(SPACE, **LOSSES[loss]).train()
     sliced = build_slice(model, SPACE, spec, **LOSSES[loss]).train()
@@ -213,7 +225,9 @@ def test_bias_statistics_ignore_evaluation(megatron: Any) -> None:
 
 
 def test_bias_statistics_ignore_a_dropped_layer(megatron: Any) -> None:
-    space = ElasticSpace.build(SPACE.parent, {"num_layers": [2], "num_moe_experts": [4]}, layer_order=[0, 1, 2])
+    space = ElasticSpace.build(
+        SPACE.parent, {"num_layers": [2], "num_moe_experts": [4]}, layer_order=[0, 1, 2]
+    )
     model = build_elastic(space, torch.float32).train()
     run(model, one_hot(space, spec_of(space, num_layers=2), torch.float32), tokens(space, 3, 13))
     kept, dropped = routers(model)

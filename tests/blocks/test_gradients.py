@@ -57,7 +57,9 @@ def straight_through(seed: int) -> SubmodelMix:
 def two_in_flight(model: Any, first: SubmodelMix, second: SubmodelMix) -> dict[str, Tensor]:
     """Both forward passes, then both backward passes, last first: the order of a 1F1B pipeline's middle."""
     model.zero_grad()
-    losses = [scalar(run(model, mix, tokens(SPACE, 2, 11, seed)), seed) for seed, mix in enumerate((first, second))]
+    losses = [
+        scalar(run(model, mix, tokens(SPACE, 2, 11, seed)), seed) for seed, mix in enumerate((first, second))
+    ]
     for loss in reversed(losses):
         loss.backward()
     return everything(model, first, second)
@@ -88,7 +90,9 @@ MIXES = {
 
 @pytest.mark.parametrize("kind", MIXES)
 @pytest.mark.parametrize(("method", "layers"), METHODS)
-def test_gradients_with_recomputation_equal_those_without(model: Any, method: str, layers: int, kind: str) -> None:
+def test_gradients_with_recomputation_equal_those_without(
+    model: Any, method: str, layers: int, kind: str
+) -> None:
     plain = one_after_the_other(model, *MIXES[kind]())
     with recomputing(model, method, layers):
         recomputed = two_in_flight(model, *MIXES[kind]())
@@ -102,9 +106,14 @@ def test_gradients_of_two_micro_batches_in_flight_equal_one_after_the_other(mode
 
 @pytest.mark.parametrize("kind", MIXES)
 def test_gradients_with_selective_attention_recomputation(model: Any, kind: str) -> None:
-    selective = build_elastic(SPACE, recompute_granularity="selective", recompute_modules=["core_attn"]).train()
+    selective = build_elastic(
+        SPACE, recompute_granularity="selective", recompute_modules=["core_attn"]
+    ).train()
     selective.load_state_dict(model.state_dict())
-    assert worst(two_in_flight(selective, *MIXES[kind]()), one_after_the_other(model, *MIXES[kind]()))[0] <= TIGHT
+    assert (
+        worst(two_in_flight(selective, *MIXES[kind]()), one_after_the_other(model, *MIXES[kind]()))[0]
+        <= TIGHT
+    )
 
 
 @pytest.mark.parametrize("spec", [SMALL, MIXED, spec_of(SPACE, num_layers=5, hidden_size=27)],

@@ -44,7 +44,9 @@ def model(megatron: Any) -> Any:
     return build_elastic(SPACE)
 
 
-def agree(model: Any, space: ElasticSpace, spec: SubmodelSpec, batch: int, length: int, **overrides: Any) -> None:
+def agree(
+    model: Any, space: ElasticSpace, spec: SubmodelSpec, batch: int, length: int, **overrides: Any
+) -> None:
     inputs = tokens(space, batch, length)
     sliced = build_slice(model, space, spec, **overrides).train(model.training)
     with torch.no_grad():
@@ -134,13 +136,19 @@ def test_full_mix_is_the_stock_model_bit_for_bit(mix: str, dtype: torch.dtype) -
 
 @pytest.mark.usefixtures("megatron")
 def test_masked_equals_sliced_in_fp32() -> None:
-    model, spec, inputs = build_elastic(SPACE, torch.float32), spec_of(SPACE, **HETEROGENEOUS), tokens(SPACE, 3, 13)
+    model, spec, inputs = (
+        build_elastic(SPACE, torch.float32),
+        spec_of(SPACE, **HETEROGENEOUS),
+        tokens(SPACE, 3, 13),
+    )
     sliced = build_slice(model, SPACE, spec, torch.float32)
     with torch.no_grad():
-        assert relative(run(model, one_hot(SPACE, spec, torch.float32), inputs), sliced(*inputs, None)) <= 2e-6
+        assert (
+            relative(run(model, one_hot(SPACE, spec, torch.float32), inputs), sliced(*inputs, None)) <= 2e-6
+        )
 
 
 def test_weights_of_a_state_dict_are_the_models(model: Any) -> None:
-    assert set(weights(model.state_dict())) == {
-        n for n, _ in model.named_parameters()
-    } | {f"decoder.layers.{i}.mlp.router.expert_bias" for i in SPACE.parent.layers_of("E")}
+    assert set(weights(model.state_dict())) == {n for n, _ in model.named_parameters()} | {
+        f"decoder.layers.{i}.mlp.router.expert_bias" for i in SPACE.parent.layers_of("E")
+    }

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,19 @@ class Ran:
 
 
 def run(*arguments: object) -> Ran:
-    """``elastic-megatron ARGUMENTS`` in this process."""
+    """``elastic-megatron ARGUMENTS`` in this process, logging as it would alone: pytest's handlers are off."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
+    handlers, logging.root.handlers = logging.root.handlers, []
+    level = logging.root.level
+    logging.root.setLevel(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = main([str(a) for a in arguments])
-        except SystemExit as e:
-            status = int(e.code or 0)
+    except SystemExit as e:
+        status = int(e.code or 0)
+    finally:
+        logging.root.handlers = handlers
+        logging.root.setLevel(level)
     return Ran(status, out.getvalue(), err.getvalue())
 
 

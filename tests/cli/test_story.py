@@ -47,10 +47,7 @@ def test_every_position_but_the_first_of_a_window_is_scored(story: Story) -> Non
 
 @pytest.mark.parametrize("name", SUBMODELS)
 def test_counted_parameters_are_the_tensors_on_disk(story: Story, name: str) -> None:
-    """The routing bias is a buffer of the model and no parameter."""
-    stored = sum(
-        t.numel() for n, t in tensors(story.slice(name)).items() if not n.endswith("e_score_correction_bias")
-    )
+    stored = sum(t.numel() for t in tensors(story.slice(name)).values())
     assert story.ran["eval family"].json["submodels"][name]["total_params"] == stored
     assert story.ran["plan family"].json["submodels"][name]["total_params"] == stored
 
@@ -99,7 +96,7 @@ def test_a_submodel_of_the_checkpoint_is_the_slice_of_the_family(
     for directory in (tmp_path / "exported", tmp_path / "sliced"):
         assert same(tensors(directory), tensors(story.slice(name)))
         assert config(directory) == config(story.slice(name))
-        assert snapshot(directory).values() == snapshot(story.slice(name)).values()
+        assert list(snapshot(directory).values()) == list(snapshot(story.slice(name)).values())
 
 
 @pytest.mark.parametrize("name", [None, "small"])
@@ -185,7 +182,10 @@ def test_metrics_have_a_full_line_for_every_step(story: Story) -> None:
         assert set(line) >= STEP
         assert all(isinstance(line[k], float) for k in ("loss", "kd_loss", "router_loss", "lr", "grad_norm"))
         drawn = line["budget"]
-        assert drawn in budgets or (set(drawn) <= budgets and sum(drawn.values()) in (2, 4))
+        if isinstance(drawn, dict):  # several micro-batches drew several budgets
+            assert set(drawn) <= budgets and sum(drawn.values()) == (4 if line["step"] <= 8 else 2)
+        else:
+            assert drawn in budgets
     evals = [line["eval"] for line in lines if "eval" in line]
     assert [e["step"] for e in evals] == [8, 12]
     assert all(set(e["submodels"]) == budgets for e in evals)

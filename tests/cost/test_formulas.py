@@ -44,7 +44,9 @@ def random_spec(seed: int) -> SubmodelSpec:
     widths: dict[str, Any] = {}
     for a in SPACE.axes:
         choices = SPACE.choices_of(a)
-        widths[a] = [r.choice(choices) for _ in SPACE.layers(a)] if a in SPACE.per_layer else r.choice(choices)
+        widths[a] = (
+            [r.choice(choices) for _ in SPACE.layers(a)] if a in SPACE.per_layer else r.choice(choices)
+        )
     return SubmodelSpec.of(widths)
 
 
@@ -73,7 +75,10 @@ def brute_force(space: ElasticSpace, spec: SubmodelSpec) -> dict[str, float]:
     active += 2 * parent.vocab_size * hidden + hidden
     flops += 2 * parent.vocab_size * hidden
     for layer in space.kept_layers(spec):
-        sizes = {**{k: v for k, v in parent.to_dict().items() if isinstance(v, int)}, **space.layer_sizes(spec, layer)}
+        sizes = {
+            **{k: v for k, v in parent.to_dict().items() if isinstance(v, int)},
+            **space.layer_sizes(spec, layer),
+        }
         for t in BLOCKS[parent.hybrid_layer_pattern[layer]]:
             numel = torch.empty(t.shape(sizes), device="meta").numel()
             copies, met = (sizes["num_moe_experts"], sizes["moe_router_topk"]) if t.per_expert else (1, 1)
@@ -134,7 +139,9 @@ def test_gradients_of_costs_are_their_slopes(name: str, seed: int) -> None:
 
         slope = float((p.grad * direction).sum()) if p.grad is not None else 0.0
         scale = abs(float(FORMULAS[name](mix.sizes())))
-        assert slope == pytest.approx((moved(step) - moved(-step)) / (2 * step), rel=1e-6, abs=1e-8 * scale), a
+        assert slope == pytest.approx(
+            (moved(step) - moved(-step)) / (2 * step), rel=1e-6, abs=1e-8 * scale
+        ), a
 
 
 def test_weights_of_nemotron_3_nano_in_its_official_formats() -> None:
@@ -154,8 +161,10 @@ def test_caches_of_nemotron_3_nano() -> None:
 def test_the_largest_buffer_is_that_of_a_kept_layer() -> None:
     space = ElasticSpace.build(SHAPE.override(hybrid_layer_pattern="M-"), {"num_layers": [1]})
     mix = SubmodelMix.one_hot(space, space.smallest(), dtype=torch.float64)
-    assert float(peak_buffer_bytes(mix.sizes(), 1, 100)) == 0 == peak_buffer_bytes(
-        sizes_of_spec(space, space.smallest()), 1, 100
+    assert (
+        float(peak_buffer_bytes(mix.sizes(), 1, 100))
+        == 0
+        == peak_buffer_bytes(sizes_of_spec(space, space.smallest()), 1, 100)
     )
 
 

@@ -14,7 +14,9 @@ from elastic_megatron.ops import distillation_loss
 
 def case(seed: int, rows: int = 3, vocab: int = 17, scale: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    student, teacher = (scale * torch.randn(2, rows, vocab, generator=g, dtype=torch.float64) for _ in range(2))
+    student, teacher = (
+        scale * torch.randn(2, rows, vocab, generator=g, dtype=torch.float64) for _ in range(2)
+    )
     return student.requires_grad_(), teacher, torch.randint(0, vocab, (2, rows), generator=g)
 
 
@@ -28,7 +30,9 @@ def truth(student: Tensor, teacher: Tensor, kind: str, temperature: float) -> Te
        st.sampled_from([0.0, 0.3, 1.0]))  # fmt: skip
 def test_losses_and_gradients_are_torchs(seed: int, kind: str, temperature: float, ce_weight: float) -> None:
     student, teacher, labels = case(seed)
-    loss, kd = distillation_loss(student, teacher, labels, kind=kind, temperature=temperature, ce_weight=ce_weight)
+    loss, kd = distillation_loss(
+        student, teacher, labels, kind=kind, temperature=temperature, ce_weight=ce_weight
+    )
     expected_kd = truth(student, teacher, kind, temperature)
     ce = F.cross_entropy(student.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
     expected = (1 - ce_weight) * expected_kd + ce_weight * ce
@@ -44,7 +48,9 @@ def test_losses_and_gradients_are_torchs(seed: int, kind: str, temperature: floa
 def test_equal_logits_have_divergence_exactly_zero(kind: str, temperature: float, dtype: torch.dtype) -> None:
     student, _, labels = case(1)
     logits = student.detach().to(dtype)
-    loss, kd = distillation_loss(logits, logits.clone(), labels, kind=kind, temperature=temperature, ce_weight=0.0)
+    loss, kd = distillation_loss(
+        logits, logits.clone(), labels, kind=kind, temperature=temperature, ce_weight=0.0
+    )
     assert not kd.any() and not loss.any()
 
 
@@ -69,7 +75,12 @@ def test_no_gradient_reaches_the_teacher() -> None:
 def test_cross_entropy_ignores_the_teacher(with_teacher: bool) -> None:
     student, teacher, labels = case(3)
     loss, kd = distillation_loss(
-        student, teacher if with_teacher else None, labels, kind="cross_entropy", temperature=2.0, ce_weight=0.0
+        student,
+        teacher if with_teacher else None,
+        labels,
+        kind="cross_entropy",
+        temperature=2.0,
+        ce_weight=0.0,
     )
     expected = F.cross_entropy(student.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
     assert kd is None and torch.allclose(loss, expected)

@@ -16,7 +16,9 @@ from elastic_megatron.ops import draw_index, gumbel_noise, gumbel_softmax, unifo
 # quotients of integers: hypothesis refuses st.floats() where denormals are flushed, as runtime.start asks
 LOGITS = st.integers(-8000, 8000).map(lambda i: i / 1000)
 SHARES = st.integers(1, 100).map(lambda i: i / 100)
-KEYS = st.tuples(st.integers(0, 2**31), st.sampled_from(["gumbel", "budget"]), st.integers(0, 10**6), st.integers(0, 63))
+KEYS = st.tuples(
+    st.integers(0, 2**31), st.sampled_from(["gumbel", "budget"]), st.integers(0, 10**6), st.integers(0, 63)
+)
 
 
 @given(KEYS, st.integers(0, 1000))
@@ -42,7 +44,9 @@ def test_keys_are_not_concatenated_into_one_another() -> None:
 
 def test_noise_is_the_same_in_another_process() -> None:
     code = "from elastic_megatron.ops import uniform; print(uniform((7, 'budget', 3, 1), (3,)).tolist())"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
     assert out.stdout.strip() == str(uniform((7, "budget", 3, 1), (3,)).tolist())
 
 
@@ -100,10 +104,14 @@ def test_low_temperatures_sharpen() -> None:
     assert tops == sorted(tops) and tops[-1] > 0.99
 
 
-@pytest.mark.parametrize("probs", [(0.5, 0.3, 0.2), (0.0, 1.0, 0.0), (1 / 3, 1 / 3, 1 / 3), (0.0, 0.25, 0.75)])
+@pytest.mark.parametrize(
+    "probs", [(0.5, 0.3, 0.2), (0.0, 1.0, 0.0), (1 / 3, 1 / 3, 1 / 3), (0.0, 0.25, 0.75)]
+)
 def test_draws_have_their_frequencies(probs: tuple[float, ...]) -> None:
     n = 10_000
-    drawn = torch.bincount(torch.tensor([draw_index((1234, "budget", i, 0, 0), probs) for i in range(n)]), minlength=3)
+    drawn = torch.bincount(
+        torch.tensor([draw_index((1234, "budget", i, 0, 0), probs) for i in range(n)]), minlength=3
+    )
     for count, p in zip(drawn.tolist(), probs, strict=True):
         assert abs(count / n - p) <= 5 * math.sqrt(p * (1 - p) / n), (drawn, probs)
         assert p > 0 or count == 0

@@ -22,7 +22,9 @@ def random_spec(seed: int) -> SubmodelSpec:
     widths: dict[str, Any] = {}
     for a in SPACE.axes:
         choices = SPACE.choices_of(a)
-        widths[a] = [r.choice(choices) for _ in SPACE.layers(a)] if a in SPACE.per_layer else r.choice(choices)
+        widths[a] = (
+            [r.choice(choices) for _ in SPACE.layers(a)] if a in SPACE.per_layer else r.choice(choices)
+        )
     return SubmodelSpec.of(widths)
 
 
@@ -33,7 +35,9 @@ def test_one_hot_masks_are_the_kept_components(seed: int) -> None:
     for a in SPACE.axes:
         for position in range(len(SPACE.layers(a)) or 1):
             mask, width = mix.mask(a, position), spec.at(a, position)
-            assert set(mask.tolist()) <= {0.0, 1.0} and float(mix.width(a, position)) == width == float(mask.sum())
+            assert set(mask.tolist()) <= {0.0, 1.0} and float(mix.width(a, position)) == width == float(
+                mask.sum()
+            )
             kept = LAYER_ORDER[:width] if a == "num_layers" else SPACE.kept(a, width)
             assert mask.nonzero().flatten().tolist() == sorted(kept)
     assert mix.argmax() == spec
@@ -71,7 +75,9 @@ def test_masks_of_one_space_are_not_those_of_another() -> None:
     """Tables are cached by space: two spaces that differ only in lanes or layer order must not share one."""
     other = SPACE.with_layer_order(range(7))
     specs = [s.smallest() for s in (SPACE, other)]
-    a, b = (SubmodelMix.one_hot(s, spec).mask("num_layers") for s, spec in zip((SPACE, other), specs, strict=True))
+    a, b = (
+        SubmodelMix.one_hot(s, spec).mask("num_layers") for s, spec in zip((SPACE, other), specs, strict=True)
+    )
     assert not torch.equal(a, b)
 
 

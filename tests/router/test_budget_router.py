@@ -25,7 +25,9 @@ BUDGETS = (
 SAMPLE: dict[str, Any] = {"tau": 0.9, "logit_scale": 2.0}
 
 
-def router(space: ElasticSpace = SPACE, budgets: tuple[Budget, ...] = BUDGETS, **settings: Any) -> BudgetRouter:
+def router(
+    space: ElasticSpace = SPACE, budgets: tuple[Budget, ...] = BUDGETS, **settings: Any
+) -> BudgetRouter:
     return BudgetRouter(space, budgets, [relative_target(space, b) for b in budgets], **settings)
 
 
@@ -106,7 +108,9 @@ def test_samples_are_functions_of_their_key(hard: bool) -> None:
 def test_noise_is_independent_between_axes_and_between_layers() -> None:
     """Axes with equally many choices and equal logits still disagree as often as chance says; so do layers."""
     space = ElasticSpace.build(
-        SPACE.parent, {"mamba_head_dim": [3], "hidden_size": [16], "mamba_num_heads": [2]}, per_layer=["mamba_num_heads"]
+        SPACE.parent,
+        {"mamba_head_dim": [3], "hidden_size": [16], "mamba_num_heads": [2]},
+        per_layer=["mamba_num_heads"],
     )
     r = router(space)
     for p in r.parameters():
@@ -114,7 +118,9 @@ def test_noise_is_independent_between_axes_and_between_layers() -> None:
     drawn, n = [], 2000
     for i in range(n):
         probs = r("small", key=(7, "gumbel", i, 0, 0), hard=True, **SAMPLE).probs
-        drawn.append(torch.cat([probs["hidden_size"][:1], probs["mamba_head_dim"][:1], probs["mamba_num_heads"][:, 0]]))
+        drawn.append(
+            torch.cat([probs["hidden_size"][:1], probs["mamba_head_dim"][:1], probs["mamba_num_heads"][:, 0]])
+        )
     correlation = torch.corrcoef(torch.stack(drawn, 1).detach())
     off = correlation - torch.eye(len(correlation))
     assert off.abs().max() < 5 / n**0.5
@@ -222,4 +228,6 @@ def test_schedules_hit_both_ends() -> None:
 def test_relative_cost_of_a_heterogeneous_submodel_is_exact() -> None:
     spec = spec_of(SPACE, num_moe_experts=[4, 8], mamba_num_heads=[2, 4, 6])
     mix = SubmodelMix.one_hot(SPACE, spec, dtype=torch.float64)
-    assert float(budget_loss(mix, BUDGETS[0])[1]) == pytest.approx(relative_cost(SPACE, BUDGETS[0], spec), rel=1e-12)
+    assert float(budget_loss(mix, BUDGETS[0])[1]) == pytest.approx(
+        relative_cost(SPACE, BUDGETS[0], spec), rel=1e-12
+    )

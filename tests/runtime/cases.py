@@ -2,7 +2,6 @@
 
 import logging
 import os
-import resource
 import warnings
 from typing import Any
 
@@ -30,8 +29,7 @@ def import_megatron() -> None:
     import megatron.core.distributed
     import megatron.core.models.hybrid.hybrid_model
     import megatron.core.optimizer
-    import megatron.core.pipeline_parallel
-    import megatron.core.tensor_parallel
+    import megatron.core.pipeline_parallel  # noqa: F401
 
     import elastic_megatron.runtime.leaves  # noqa: F401
 
@@ -78,28 +76,6 @@ def latent_projections() -> None:
 def without_quiet_upstream() -> dict[str, Any]:
     _start_without(cpu.quiet_upstream)
     return _whole_run()
-
-
-def _faults_per_round() -> float:
-    def activations() -> None:
-        _ = [torch.empty(7_500_000).fill_(1.0) for _ in range(3)]  # 90 MB, above what glibc keeps by itself
-
-    for _ in range(3):
-        activations()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(2):
-        activations()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 2
-
-
-def page_faults() -> float:
-    runtime.start()
-    return _faults_per_round()
-
-
-def without_keep_freed_memory() -> float:
-    _start_without(cpu.keep_freed_memory)
-    return _faults_per_round()
 
 
 def without_eager_instead_of_compiled() -> None:
@@ -251,31 +227,53 @@ def two_runs_at_once() -> list[float]:
     return [float(total), float(os.read(read, 100))]
 
 
-def tensor_parallel_loads_replicated() -> list[float]:
-    """Loss of a data-parallel model, and that of a tensor- and sequence-parallel one loaded from its checkpoint."""
+def tensor_parallel_loads_replicated() -> list[list[float]]:
+    """Losses of a data-parallel run, and of a tensor- and sequence-parallel one from the same weights."""
     from megatron.core import dist_checkpointing
 
-    folder = "../checkpoint"
-    losses = []
-    for arguments in ({}, dict(tensor=2, sequence=True, expert_tensor=1, expert=2)):
-        parallel = runtime.start(seed=3, **arguments)
-        sizes = (
-            dict(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2,
-                 expert_tensor_parallel_size=1) if arguments else {}
-        )  # fmt: skip
+    folder, losses = "../checkpoint", []
+    layout = dict(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2)
+    for sizes in ({}, layout | dict(expert_tensor_parallel_size=1)):
+        groups = dict(tensor=2, sequence=True, expert_tensor=1, expert=2) if sizes else {}
+        rank = runtime.start(seed=3, **groups).rank
         model = tiny.model(moe_latent_size=16, **sizes)
         metadata = {"dp_cp_group": runtime.groups().dp_cp}
-        if arguments:
+        if sizes:
             model.load_state_dict(
                 dist_checkpointing.load(model.sharded_state_dict(metadata=metadata), folder)
             )
-        elif parallel.rank == 0:
-            os.mkdir(folder)
-        torch.distributed.barrier()
-        if not arguments:
+        else:
+            if rank == 0:
+                os.mkdir(folder)
+            torch.distributed.barrier()
             dist_checkpointing.save(model.sharded_state_dict(metadata=metadata), folder)
-        losses.append(float(tiny.loss(model)))
+        trainer = tiny.Trainer(model)
+        losses.append([trainer.step() for _ in range(4)])
     return losses
+
+
+def expert_parallel_resumes_replicated() -> list[list[float]]:
+    """Two losses after a data-parallel checkpoint, and those of an expert-parallel run that loads it."""
+    folder, losses = "../checkpoint", []
+    for expert in (1, 2):
+        rank = runtime.start(seed=3, expert=expert).rank
+        trainer = tiny.Trainer(tiny.model(expert_model_parallel_size=expert))
+        if expert == 1:
+            trainer.step()
+            if rank == 0:
+                os.mkdir(folder)
+            torch.distributed.barrier()
+            trainer.save(folder)
+        else:
+            trainer.load(folder)
+        losses.append([trainer.step(), trainer.step()])
+    return losses
+
+
+def denormals_left() -> int:
+    torch.set_num_threads(2)
+    runtime.start()
+    return int((torch.full((1_000_000,), 1e-38) * 0.01).count_nonzero())
 
 
 def context_parallel_equals_whole() -> list[float]:
@@ -300,7 +298,12 @@ def context_parallel_equals_whole() -> list[float]:
     return [float((a - b).abs().max() / a.abs().max()) for a, b in zip(*results, strict=True)]
 
 
-for _case in (other_sizes, tensor_parallel_loads_replicated, context_parallel_equals_whole):
+for _case in (
+    other_sizes,
+    tensor_parallel_loads_replicated,
+    expert_parallel_resumes_replicated,
+    context_parallel_equals_whole,
+):
     _case.ranks = 2  # type: ignore[attr-defined]
 
 
@@ -310,6 +313,33 @@ def adapt_twice() -> list[str]:
     names = cpu.adapt()
     assert before == (torch.zeros, torch.Tensor.to, torch.cuda.Stream)
     return list(names)
+
+
+def forked_generators() -> dict[str, list[float]]:
+    """Draws inside and around forks of the tracker; ``nested`` interrupts ``model-parallel-rng`` for another."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    def draw() -> float:
+        return float(torch.rand(1))
+
+    draws: dict[str, list[float]] = {}
+    for name in ("plain", "nested"):
+        runtime.start(seed=3)
+        fork = get_cuda_rng_tracker().fork
+        outer = [draw()]
+        with fork():
+            inner = [draw()]
+            if name == "nested":
+                with fork("expert-parallel-rng"):
+                    draw()
+            inner.append(draw())
+        outer.append(draw())
+        with fork():
+            inner.append(draw())
+        draws[name] = outer + inner
+    runtime.start(seed=3)
+    draws["unforked"] = [draw(), draw()]
+    return draws
 
 
 def literals() -> list[str]:

@@ -1,7 +1,8 @@
 """Run cases, each in a forked child of one process that has imported Megatron but adapted nothing.
 
-``python driver.py [NAME ...]`` (all cases by default) prints one JSON object: case name to ``{"value": ...}`` or ``{"error": ...}``.  An import costs
-seconds and a fork milliseconds, so a case may start from a process that nothing has touched.
+``python driver.py [NAME ...]`` (all cases by default) prints one JSON object: case name to ``{"value": ...}`` or
+``{"error": ...}``.  An import costs seconds and a fork milliseconds, so every case starts from a process that
+nothing has touched.
 """
 
 import json
@@ -29,7 +30,7 @@ def main() -> None:
 
 
 def run(case: Callable[..., Any]) -> dict[str, Any]:
-    """Run a case as ``getattr(case, "ranks", 1)`` forked processes; the result is that of rank 0, or the first error."""
+    """Run a case as ``case.ranks`` (else one) forked processes; the result is rank 0's, or the first error."""
     world = getattr(case, "ranks", 1)
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()

@@ -29,6 +29,10 @@ def test_two_runs_started_together_do_not_meet(outcomes: Outcomes) -> None:
     assert outcomes["two_runs_at_once"]["value"] == [1.0, 1.0]
 
 
+def test_denormals_are_flushed_in_every_thread(outcomes: Outcomes) -> None:
+    assert outcomes["denormals_left"]["value"] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -50,10 +50,17 @@ def test_multi_token_prediction_gives_every_parameter_a_gradient(outcomes: Outco
     assert outcomes["multi_token_prediction"]["value"] == []
 
 
-def test_a_replicated_checkpoint_loads_under_tensor_sequence_and_expert_parallelism(
+def test_weights_train_alike_replicated_and_under_tensor_sequence_and_expert_parallelism(
     outcomes: Outcomes,
 ) -> None:
-    replicated, parallel = outcomes["tensor_parallel_loads_replicated"]["value"]
+    outcome = outcomes["tensor_parallel_loads_replicated"]
+    replicated, parallel = outcome.get("value", (outcome, None))
+    assert parallel == pytest.approx(replicated, rel=1e-6)
+
+
+def test_an_optimizer_state_moves_from_replicated_to_expert_parallel(outcomes: Outcomes) -> None:
+    outcome = outcomes["expert_parallel_resumes_replicated"]
+    replicated, parallel = outcome.get("value", (outcome, None))
     assert parallel == pytest.approx(replicated, rel=1e-6)
 
 

@@ -43,7 +43,9 @@ def test_nemotron_nano_v2_12b_has_its_published_parameters() -> None:
 
 def test_the_published_minitron_child_has_its_parameters() -> None:
     """22.28B total and 3.00B active: hidden 2304, 104 experts, shared 3072, found in ModelOpt's examples."""
-    child = NANO_3_30B.override(hidden_size=2304, num_moe_experts=104, moe_shared_expert_intermediate_size=3072)
+    child = NANO_3_30B.override(
+        hidden_size=2304, num_moe_experts=104, moe_shared_expert_intermediate_size=3072
+    )
     cost = account(child)
     assert (round(cost.total_params / 1e9, 2), round(cost.active_params / 1e9, 2)) == (22.28, 3.00)
     space = ElasticSpace.build(
@@ -61,7 +63,9 @@ def numel(model: torch.nn.Module) -> int:
 class OnMeta(TorchFunctionMode):
     """Every new tensor has a shape and no memory, also where its device is named."""
 
-    FACTORIES = frozenset({"arange", "as_tensor", "empty", "full", "ones", "rand", "randn", "tensor", "zeros"})
+    FACTORIES = frozenset(
+        {"arange", "as_tensor", "empty", "full", "ones", "rand", "randn", "tensor", "zeros"}
+    )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         device = {"device": "meta"} if func.__name__ in self.FACTORIES else {}
@@ -127,4 +131,7 @@ def test_counts_of_a_submodel_are_those_of_its_module(widths: dict[str, Any]) ->
 def test_active_parameters_leave_out_the_unrouted_experts() -> None:
     cost = account(SHAPE)
     unrouted = SHAPE.num_moe_experts - SHAPE.moe_router_topk
-    assert cost.total_params - cost.active_params == 2 * unrouted * 2 * SHAPE.hidden_size * SHAPE.moe_ffn_hidden_size
+    assert (
+        cost.total_params - cost.active_params
+        == 2 * unrouted * 2 * SHAPE.hidden_size * SHAPE.moe_ffn_hidden_size
+    )

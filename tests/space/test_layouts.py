@@ -35,7 +35,9 @@ def labels(segments: tuple[Segment, ...], sizes: dict[str, int], parts: int) -> 
     return out
 
 
-def slow_gather(segments: tuple[Segment, ...], sizes: dict[str, int], kept: dict[str, list[int]], parts: int) -> list[int]:
+def slow_gather(
+    segments: tuple[Segment, ...], sizes: dict[str, int], kept: dict[str, list[int]], parts: int
+) -> list[int]:
     """Write down what every target position must hold, and look up where the source has it."""
     source = {label[1:]: position for position, label in enumerate(labels(segments, sizes, parts))}
     target_sizes = sizes | {f: len(k) for f, k in kept.items()}
@@ -51,9 +53,16 @@ def slow_gather(segments: tuple[Segment, ...], sizes: dict[str, int], kept: dict
 def dimensions(draw: Any) -> tuple[tuple[Segment, ...], dict[str, int], dict[str, list[int]], int]:
     """Segments whose first factors hold equal shares of every part, and components to take, permuted."""
     parts = draw(st.sampled_from([1, 1, 2, 3]))
-    sizes = {"a": parts * draw(st.integers(1, 3)), "b": draw(st.integers(1, 3)), "c": parts * draw(st.integers(1, 2))}
+    sizes = {
+        "a": parts * draw(st.integers(1, 3)),
+        "b": draw(st.integers(1, 3)),
+        "c": parts * draw(st.integers(1, 2)),
+    }
     segments = tuple(
-        Segment(str(i), (draw(st.sampled_from(["a", "c"])), *draw(st.lists(st.sampled_from(["b", 2]), max_size=2))))
+        Segment(
+            str(i),
+            (draw(st.sampled_from(["a", "c"])), *draw(st.lists(st.sampled_from(["b", 2]), max_size=2))),
+        )
         for i in range(draw(st.integers(1, 4)))
     )
     kept: dict[str, list[int]] = {}
@@ -84,12 +93,31 @@ def test_the_interleaved_qkv_is_cut_by_its_groups() -> None:
     """[q q q k v] for each of two KV groups; the middle query of the first, the last of the second."""
     layout = next(t for t in BLOCKS["*"] if "linear_qkv" in t.name)
     sizes = {"num_attention_heads": 6, "num_query_groups": 2, "kv_channels": 2, "hidden_size": 1}
-    assert layout.gather(0, sizes, {"num_attention_heads": [1, 5]}) == [2, 3, 6, 7, 8, 9, 14, 15, 16, 17, 18, 19]
+    assert layout.gather(0, sizes, {"num_attention_heads": [1, 5]}) == [
+        2,
+        3,
+        6,
+        7,
+        8,
+        9,
+        14,
+        15,
+        16,
+        17,
+        18,
+        19,
+    ]
 
 
 def test_in_proj_has_mamba_heads_in_three_of_its_five_segments() -> None:
     layout = next(t for t in BLOCKS["M"] if "in_proj" in t.name)
-    sizes = {"mamba_num_heads": 2, "mamba_head_dim": 2, "mamba_num_groups": 1, "mamba_state_dim": 3, "hidden_size": 1}
+    sizes = {
+        "mamba_num_heads": 2,
+        "mamba_head_dim": 2,
+        "mamba_num_groups": 1,
+        "mamba_state_dim": 3,
+        "hidden_size": 1,
+    }
     assert layout.gather(0, sizes, {"mamba_num_heads": [1]}) == [2, 3, 6, 7, *range(8, 14), 15]
     assert layout.gather(0, sizes, {"mamba_state_dim": [2, 0]}) == [*range(8), 10, 8, 13, 11, 14, 15]
     assert layout.gather(1, sizes, {"mamba_num_heads": [1]}) is None
@@ -101,7 +129,9 @@ SIZES = {
     "mamba_num_groups": 2, "num_attention_heads": 6, "num_query_groups": 2, "kv_channels": 3, "conv_kernel": 4,
 }  # fmt: skip
 GROUPS = {"mamba_num_heads": 2, "num_attention_heads": 2}
-ELASTIC = sorted(set(SIZES) - {"vocab_size", "mamba_num_groups", "num_query_groups", "kv_channels", "conv_kernel"})
+ELASTIC = sorted(
+    set(SIZES) - {"vocab_size", "mamba_num_groups", "num_query_groups", "kv_channels", "conv_kernel"}
+)
 
 
 def inside_groups(field: str, rng: random.Random, left: int | None = None) -> list[int]:

@@ -38,10 +38,13 @@ def numbered(parent: ParentShape) -> State:
 STATE = numbered(SPACE.parent)
 
 
-def draw_spec(rng: random.Random, space: ElasticSpace, below: SubmodelSpec | None = None, even: bool = False) -> SubmodelSpec:
+def draw_spec(
+    rng: random.Random, space: ElasticSpace, below: SubmodelSpec | None = None, even: bool = False
+) -> SubmodelSpec:
     """A random submodel, nested in ``below``; ``even``: with equal widths in all layers."""
     widths: dict[str, Any] = {}
     for a in space.axes:
+
         def one(position: int, a: str = a) -> int:
             return rng.choice([c for c in space.choices_of(a) if below is None or c <= below.at(a, position)])
 
@@ -165,4 +168,6 @@ def test_grouped_experts_are_renumbered_under_their_own_names() -> None:
     rows = [(f"decoder.layers.1.mlp.experts.linear_fc1.weight{e}", torch.full((11, 35), e)) for e in range(8)]
     cut = [(n, int(t[0, 0])) for n, t in slice_state(SPACE, spec, rows)]
     # two lanes of four experts: the first two of each
-    assert cut == [(f"decoder.layers.1.mlp.experts.linear_fc1.weight{new}", old) for new, old in enumerate((0, 1, 4, 5))]
+    assert cut == [
+        (f"decoder.layers.1.mlp.experts.linear_fc1.weight{new}", old) for new, old in enumerate((0, 1, 4, 5))
+    ]

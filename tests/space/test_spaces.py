@@ -38,7 +38,9 @@ ILLEGAL: list[Any] = [
 
 
 @pytest.mark.parametrize(("arguments", "says"), ILLEGAL)
-def test_illegal_spaces_are_user_errors_that_name_the_remedy(arguments: dict[str, Any], says: list[str]) -> None:
+def test_illegal_spaces_are_user_errors_that_name_the_remedy(
+    arguments: dict[str, Any], says: list[str]
+) -> None:
     with pytest.raises(UserError) as caught:
         ElasticSpace.build(SHAPE, **arguments)
     message = str(caught.value)
@@ -167,7 +169,10 @@ def test_incomplete_or_unknown_sizes_are_user_errors(data: dict[str, Any]) -> No
 @pytest.mark.parametrize("pattern", ["MEM*E-M", "M*", "E", "-"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_shapes_survive_a_hugging_face_config(pattern: str, tied: bool) -> None:
-    config = {"model_type": "nemotron_h", **SHAPE.override(hybrid_layer_pattern=pattern, tie_embeddings=tied).to_hf()}
+    config = {
+        "model_type": "nemotron_h",
+        **SHAPE.override(hybrid_layer_pattern=pattern, tie_embeddings=tied).to_hf(),
+    }
     read = ParentShape.from_hf(json.loads(json.dumps(config)))
     assert read.hybrid_layer_pattern == pattern and read.tie_embeddings == tied
     again = ParentShape.from_hf({"model_type": "nemotron_h", **read.to_hf()})

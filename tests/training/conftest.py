@@ -98,7 +98,10 @@ def parent_sizes() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def parent(
-    megatron: Any, write_recipe: Callable[..., Path], data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    megatron: Any,
+    write_recipe: Callable[..., Path],
+    data: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """Run folder of a parent trained for three steps."""
     run_dir = tmp_path_factory.mktemp("parent") / "run"

@@ -19,7 +19,7 @@ from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from elastic_megatron.blocks import build_elastic_model
-from elastic_megatron.checkpoint import distributed, tracker
+from elastic_megatron.checkpoint import distributed
 from elastic_megatron.checkpoint.manifest import FILE, Manifest
 from elastic_megatron.checkpoint.resolve import elastic_space
 from elastic_megatron.checkpoint.tracker import TRACKER, newest
@@ -95,12 +95,8 @@ def state_of_parent(recipe: Recipe) -> dict[str, Tensor]:
     return {n: t.clone() for n, t in model.state_dict().items() if isinstance(t, Tensor)}
 
 
-@pytest.mark.parametrize("crash_at", [3, 5])
-def test_resuming_is_exact(
-    uninterrupted: Recipe, elastic: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash_at: int
-) -> None:
-    """Killed after a checkpoint, or two steps later: the same lines and the same bits at the end."""
-    recipe, one_step = elastic(tmp_path / "run"), module._Run._one_step
+def crash_and_resume(recipe: Recipe, crash_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_step = module._Run._one_step
 
     def crash(self: Any, step: int, lr: float) -> None:
         if step == crash_at:
@@ -114,8 +110,38 @@ def test_resuming_is_exact(
     assert newest(recipe.run_dir / "checkpoints") == recipe.run_dir / "checkpoints" / "iter_0000003"
     torch.manual_seed(999)  # nothing may depend on generator states
     assert train(recipe).step == 6
+
+
+@pytest.mark.parametrize("crash_at", [3, 5])
+def test_resuming_is_exact(
+    uninterrupted: Recipe,
+    elastic: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    crash_at: int,
+) -> None:
+    """Killed after a checkpoint, or two steps later: the same lines and the same bits at the end."""
+    recipe = elastic(tmp_path / "run")
+    crash_and_resume(recipe, crash_at, monkeypatch)
     assert lines(recipe.run_dir) == lines(uninterrupted.run_dir)
     assert_same_state(recipe, uninterrupted)
+
+
+@pytest.mark.parametrize(("dtype", "parallel"), [
+    ("bf16", {}), ("fp32", {"distributed_optimizer": False}), ("fp32", {"recompute": "full"})
+], ids=["bf16", "whole optimizer", "recompute"])  # fmt: skip
+def test_resuming_is_exact_in_other_settings(
+    elastic: Callable[..., Recipe], parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str,
+    parallel: dict[str, Any],
+) -> None:  # fmt: skip
+    model = {"dtype": dtype, "checkpoint": str(parent)}
+    straight, broken = (
+        elastic(tmp_path / name, model=model, parallel=parallel) for name in ("straight", "broken")
+    )
+    train(straight)
+    crash_and_resume(broken, 4, monkeypatch)
+    assert lines(broken.run_dir) == lines(straight.run_dir)
+    assert_same_state(broken, straight)
 
 
 def test_training_again_after_the_end_does_nothing(
@@ -238,36 +264,68 @@ if __name__ == "__main__":
 """
 
 
-def test_a_signal_saves_at_the_next_step_and_leaves(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
-    """SIGUSR1, then SIGTERM, to a run of a thousand steps; each call continues where the last one stopped."""
-    stages = [{"name": "long", "tokens": 1000 * 4 * 16, "seq_length": 16, "global_batch_size": 4, "micro_batch_size": 4}]
+def test_sigterm_saves_at_the_next_step_and_leaves(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """A process of its own, told to stop somewhere in a run of a thousand steps."""
+    stages = [
+        {
+            "name": "long",
+            "tokens": 1000 * 4 * 16,
+            "seq_length": 16,
+            "global_batch_size": 4,
+            "micro_batch_size": 4,
+        }
+    ]
     run_dir, script = tmp_path / "run", tmp_path / "run.py"
     script.write_text(SCRIPT)
-    path = recipe_file(run_dir, stages=stages, checkpoint={"interval": 0}, log={"tensorboard": False, "eval_tokens": 16})
-    done = 0
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        process = subprocess.Popen([sys.executable, str(script), str(path)], stdout=subprocess.PIPE, text=True,
-                                   stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-        try:
-            deadline = time.monotonic() + 120
-            metrics = run_dir / "metrics.jsonl"
-            while not metrics.exists() or len([x for x in lines_so_far(metrics) if "loss" in x]) < done + 2:
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.05)
-            process.send_signal(number)
-            out, _ = process.communicate(timeout=60)
-        finally:
-            process.kill()
-            process.wait(timeout=30)
-        assert process.returncode == 0
-        words = out.split()
-        step = int(words[words.index("ended") + 1])
-        assert words[-1] == number.name and done < step < 1000
-        saved = newest(run_dir / "checkpoints")
-        assert saved is not None and saved.name == f"iter_{step:07d}"
-        assert [x["step"] for x in lines_so_far(metrics) if "loss" in x] == list(range(1, step + 1))
-        done = step
+    path = recipe_file(
+        run_dir, stages=stages, checkpoint={"interval": 0}, log={"tensorboard": False, "eval_tokens": 16}
+    )
+    process = subprocess.Popen([sys.executable, str(script), str(path)], stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    try:
+        deadline, metrics = time.monotonic() + 120, run_dir / "metrics.jsonl"
+        while not metrics.exists() or len(steps_so_far(metrics)) < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait(timeout=30)
+    assert process.returncode == 0
+    words = out.split()
+    step = int(words[words.index("ended") + 1])
+    assert words[-1] == "SIGTERM" and 2 <= step < 1000
+    saved = newest(run_dir / "checkpoints")
+    assert saved is not None and saved.name == f"iter_{step:07d}"
+    assert steps_so_far(metrics) == list(range(1, step + 1))
 
 
-def lines_so_far(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in path.read_text().splitlines() if text.endswith("}")]
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_the_next_call_goes_on(
+    uninterrupted: Recipe, elastic: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:  # fmt: skip
+    recipe, one_step = elastic(tmp_path / "run"), module._Run._one_step
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+
+    def interrupted(self: Any, step: int, lr: float) -> None:
+        if step == 3:
+            os.kill(os.getpid(), number)
+        one_step(self, step, lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Run, "_one_step", interrupted)
+        outcome = train(recipe)
+    assert (outcome.step, outcome.interrupted) == (4, number)
+    assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    assert train(recipe).step == 6
+    steps = [line for line in lines(recipe.run_dir) if "loss" in line]
+    assert steps == [line for line in lines(uninterrupted.run_dir) if "loss" in line]
+    assert_same_state(recipe, uninterrupted)
+
+
+def steps_so_far(path: Path) -> list[int]:
+    """Steps in a file that may be being written to."""
+    found = [json.loads(text) for text in path.read_text().splitlines() if text.endswith("}")]
+    return [line["step"] for line in found if "loss" in line]
