@@ -30,8 +30,8 @@ def fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep fp64 where Megatron rounds to fp32 whatever the model's type is.
 
     Routing scores, ``A_log``, ``D`` and ``dt_bias`` go through ``.float()``, softmax through ``dtype=``. The
-    functions themselves are replaced because a ``TorchFunctionMode`` is switched off inside ``backward``, where
-    recomputation runs the forward again.
+    functions themselves are replaced because a ``TorchFunctionMode`` is switched off inside ``backward``,
+    where recomputation runs the forward again.
     """
     to_float, softmax = torch.Tensor.float, torch.softmax
 

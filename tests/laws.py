@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic_megatron import runtime
 from elastic_megatron.blocks import build_elastic_model, build_sliced_model, elastic_stack, running
 from elastic_megatron.checkpoint.slice import slice_state, weights
 from elastic_megatron.ops import SubmodelMix
@@ -86,7 +87,7 @@ def spec_of(space: ElasticSpace, **widths: Any) -> SubmodelSpec:
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights x 4; norms, D, dt_bias and the correction bias (often negative) random: nothing hides in ones."""
+    """Weights x 4; norms, D, dt_bias and the correction bias (often negative) random: no ones, no zeros."""
     g = torch.Generator().manual_seed(seed)
 
     def noise(t: Tensor) -> Tensor:
@@ -111,7 +112,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 def build_elastic(
     space: ElasticSpace, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: Any
 ) -> Any:
-    torch.manual_seed(seed)
+    runtime.start(seed=seed)  # Megatron draws weights from its own generators, not torch's
     return randomise(build_elastic_model(space, dtype=dtype, **overrides), seed)
 
 
@@ -171,7 +172,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def worst(a: Mapping[str, Tensor], b: Mapping[str, Tensor], floor: float = 1e-12) -> tuple[float, str]:
-    """Largest relative distance over named tensors; those of size ``floor`` x the largest count as that size."""
+    """Largest relative distance over named tensors; none counts as smaller than ``floor`` x the largest."""
     assert set(a) == set(b), set(a) ^ set(b)
     scale = floor * max(float(v.double().norm()) for v in b.values())
     found = [

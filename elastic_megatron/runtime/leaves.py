@@ -121,7 +121,7 @@ class DuplicatedLinear(torch.nn.Linear):
         init_method(self.weight)
         for parameter in self.parameters():
             parameter.allreduce = True
-            pass
+            parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return super().forward(x), None

@@ -42,7 +42,7 @@ def floor(path: Path) -> str:
 
 
 def imported(path: Path) -> Iterator[tuple[str, int, bool]]:
-    """(dotted module, line, whether only for type checking) of every import, however deep; ours made absolute."""
+    """(dotted module, line, whether only for type checking) of every import, ours made absolute."""
     package = ["elastic_megatron", *path.relative_to(ROOT).with_suffix("").parts[:-1]]
     tree = ast.parse(path.read_text())
     typing_only = {
@@ -90,12 +90,13 @@ def test_imports_go_downward(path: Path) -> None:
 
 
 def test_floors_without_torch_have_none() -> None:
-    """At import, that is: cost formulas meet tensors, but do not make them. Checked in a fresh interpreter."""
+    """At import, that is: cost formulas meet tensors but make none. In a fresh interpreter."""
     import subprocess
     import sys
 
     modules = ", ".join(f"elastic_megatron.{f}" for f in sorted(WITHOUT_TORCH))
-    code = f"import sys, {modules}; sys.exit(' '.join(m for m in ('torch', 'megatron', 'numpy', 'transformers') if m in sys.modules) or 0)"
+    heavy = "{'torch', 'megatron', 'numpy', 'transformers'}"
+    code = f"import sys, {modules}; sys.exit(' '.join({heavy} & set(sys.modules)) or 0)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert out.returncode == 0, out.stderr
 
@@ -146,7 +147,7 @@ LONG_FUNCTIONS: dict[str, str] = {}
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_files_and_functions_stay_short(path: Path) -> None:
-    """300 lines a file, 60 a function without its docstring; exceptions are listed above with their reason."""
+    """300 lines a file, 60 a function without its docstring; exceptions are listed above, with reasons."""
     name, text = path.relative_to(ROOT).as_posix(), path.read_text()
     assert name in LONG_FILES or text.count("\n") <= 300
     for node in ast.walk(ast.parse(text)):

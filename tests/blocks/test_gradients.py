@@ -1,4 +1,4 @@
-"""Law 5: gradients do not depend on recomputation, on what else is in flight, or on masking instead of slicing."""
+"""Law 5: gradients depend neither on recomputation, nor on what else is in flight, nor on how we cut."""
 
 from __future__ import annotations
 

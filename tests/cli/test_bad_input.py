@@ -118,10 +118,6 @@ REQUESTS: dict[str, tuple[Callable[[Story, Path], list[Any]], str]] = {
         lambda s, t: ["train", s.recipe("elastic"), f"run_dir={t / 'run'}", "parallel.tensor=2"],
         r"training runs with data parallelism only",
     ),
-    "calibration tokens beyond the vocabulary": (
-        lambda s, t: ["rank", s.recipe("parent"), f"run_dir={t / 'run'}", "model.sizes.vocab_size=64", "rank.samples=2"],
-        r"data\.train has token \d+, but the model's vocabulary has 64; prepare the data with the tokenizer",
-    ),
     "batch of no number of ranks": (
         lambda s, t: ["train", s.recipe("parent"), f"run_dir={t / 'run'}", "stages.0.micro_batch_size=3"],
         r"stages\[0\]\.global_batch_size: 8 is not a multiple of micro_batch_size = 3",
@@ -222,9 +218,22 @@ def test_typo_in_a_recipe_is_named_with_its_place(story: Story, tmp_path: Path) 
     recipe.write_text(f"extends: {story.recipe('elastic')}\n\nstages:\n  - {{name: a, token: 3}}\n")
     lines = refused("train", recipe)
     assert any(
-        line.startswith(f"{recipe}:4:14: stages[0]: unknown key 'token', did you mean 'tokens'?") for line in lines
+        line.startswith(f"{recipe}:4:15: stages[0]: unknown key 'token', did you mean 'tokens'?") for line in lines
     )
     assert all(line.startswith(f"{recipe}:4:") for line in lines)
+
+
+def test_tokens_beyond_the_vocabulary(story: Story, copy: Copy, tmp_path: Path) -> None:
+    small = ["model.sizes.vocab_size=64", f"run_dir={tmp_path / 'run'}", f"data.cache={tmp_path / 'cache'}"]
+    [line] = refused("rank", story.recipe("parent"), *small, "rank.samples=2", "rank.seq_length=64")
+    assert re.search(r"data\.train has token \d+, but the model's vocabulary has 64; prepare the data", line), line
+    assert not (tmp_path / "run").exists()
+    directory = copy("slices/small")
+    settings = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(settings | {"vocab_size": 64}))
+    _tensor(lambda t: t.update({n: t[n][:64].clone() for n in ("lm_head.weight", "backbone.embeddings.weight")}))(directory)
+    [line] = refused("eval", directory, "--text", story.text)
+    assert re.search(r"gives token \d+, but the model's vocabulary has 64; put the tokenizer of the model", line), line
 
 
 @pytest.mark.parametrize("content", [b"", b"T", b"\xff\xfe broken"], ids=["empty", "one letter", "not UTF-8"])

@@ -26,8 +26,12 @@ def truth(student: Tensor, teacher: Tensor, kind: str, temperature: float) -> Te
     return F.kl_div(a, b, reduction="none", log_target=True).sum(-1)
 
 
-@given(st.integers(0, 10**6), st.sampled_from(["forward_kl", "reverse_kl"]), st.integers(5, 80).map(lambda i: i / 20),
-       st.sampled_from([0.0, 0.3, 1.0]))  # fmt: skip
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(["forward_kl", "reverse_kl"]),
+    st.integers(5, 80).map(lambda i: i / 20),
+    st.sampled_from([0.0, 0.3, 1.0]),
+)
 def test_losses_and_gradients_are_torchs(seed: int, kind: str, temperature: float, ce_weight: float) -> None:
     student, teacher, labels = case(seed)
     loss, kd = distillation_loss(

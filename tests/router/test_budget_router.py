@@ -106,7 +106,7 @@ def test_samples_are_functions_of_their_key(hard: bool) -> None:
 
 
 def test_noise_is_independent_between_axes_and_between_layers() -> None:
-    """Axes with equally many choices and equal logits still disagree as often as chance says; so do layers."""
+    """Axes with equally many choices and equal logits disagree as often as chance says; so do layers."""
     space = ElasticSpace.build(
         SPACE.parent,
         {"mamba_head_dim": [3], "hidden_size": [16], "mamba_num_heads": [2]},
@@ -145,8 +145,11 @@ def test_gradient_reaches_every_head(hard: bool) -> None:
         assert p.grad is not None and p.grad.any(), name
 
 
-@given(st.integers(0, 10**6), st.sampled_from(["active_params", "total_params", "memory_bytes"]),
-       st.integers(1, 99))  # fmt: skip
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(["active_params", "total_params", "memory_bytes"]),
+    st.integers(1, 99),
+)
 def test_the_loss_is_the_relative_distance_to_the_target(seed: int, kind: str, percent: int) -> None:
     mix, budget = soft_mix(SPACE, seed), Budget("b", kind, percent / 100)
     loss, cost = budget_loss(mix, budget)
@@ -192,8 +195,10 @@ def test_the_identity_regulariser_pulls_the_full_budget_to_the_largest_choices()
     assert float(budget_loss(mix, other, identity_weight=10.0)[0]) == float(budget_loss(mix, other)[0])
 
 
-@pytest.mark.parametrize(("hard", "kind", "tolerance"), [(False, "active_params", 0.05), (False, "total_params", 0.05),
-                                                         (True, "active_params", 0.15)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("hard", "kind", "tolerance"),
+    [(False, "active_params", 0.05), (False, "total_params", 0.05), (True, "active_params", 0.15)],
+)
 def test_the_budget_loss_alone_finds_the_budget(hard: bool, kind: str, tolerance: float) -> None:
     """The realised cost of the chosen submodel comes close to each target; hard samples are noisier."""
     budgets = tuple(Budget(n, kind, t) for n, t in (("full", 1.0), ("medium", 0.75), ("small", 0.55)))

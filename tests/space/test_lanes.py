@@ -67,15 +67,26 @@ def test_two_lanes_by_hand() -> None:
     assert stored_order([1, 0, 3, 2], 2, groups=2) == [1, 0, 3, 2]
 
 
-@pytest.mark.parametrize(("axis", "lanes"), [("num_moe_experts", 2), ("ffn_hidden_size", 7), ("mamba_num_heads", None),
-                                             ("num_attention_heads", 2), ("hidden_size", None)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("axis", "lanes"),
+    [
+        ("num_moe_experts", 2),
+        ("ffn_hidden_size", 7),
+        ("mamba_num_heads", None),
+        ("num_attention_heads", 2),
+        ("hidden_size", None),
+    ],
+)
 def test_a_space_keeps_the_best_of_a_dealt_ranking(axis: str, lanes: int | None) -> None:
     groups = SHAPE.groups(axis)
     step = lanes or groups
     widths = [w for w in range(1, SHAPE.size(axis)) if w % step == 0 and w >= SHAPE.moe_router_topk]
     space = ElasticSpace.build(SHAPE, {axis: widths}, {axis: lanes} if lanes else {})
-    ranked = [g * (SHAPE.size(axis) // groups) + i for g in range(groups)
-              for i in reversed(range(SHAPE.size(axis) // groups))]  # fmt: skip
+    ranked = [
+        g * (SHAPE.size(axis) // groups) + i
+        for g in range(groups)
+        for i in reversed(range(SHAPE.size(axis) // groups))
+    ]
     stored = stored_order(ranked, space.lanes_of(axis), groups)
     for width in space.choices_of(axis):
         share = SHAPE.size(axis) // groups

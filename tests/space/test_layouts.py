@@ -124,10 +124,21 @@ def test_in_proj_has_mamba_heads_in_three_of_its_five_segments() -> None:
 
 
 SIZES = {
-    "hidden_size": 6, "vocab_size": 5, "ffn_hidden_size": 4, "moe_ffn_hidden_size": 5, "num_moe_experts": 4,
-    "moe_shared_expert_intermediate_size": 3, "mamba_num_heads": 6, "mamba_head_dim": 3, "mamba_state_dim": 4,
-    "mamba_num_groups": 2, "num_attention_heads": 6, "num_query_groups": 2, "kv_channels": 3, "conv_kernel": 4,
-}  # fmt: skip
+    "hidden_size": 6,
+    "vocab_size": 5,
+    "ffn_hidden_size": 4,
+    "moe_ffn_hidden_size": 5,
+    "num_moe_experts": 4,
+    "moe_shared_expert_intermediate_size": 3,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 3,
+    "mamba_state_dim": 4,
+    "mamba_num_groups": 2,
+    "num_attention_heads": 6,
+    "num_query_groups": 2,
+    "kv_channels": 3,
+    "conv_kernel": 4,
+}
 GROUPS = {"mamba_num_heads": 2, "num_attention_heads": 2}
 ELASTIC = sorted(
     set(SIZES) - {"vocab_size", "mamba_num_groups", "num_query_groups", "kv_channels", "conv_kernel"}

@@ -144,20 +144,30 @@ def test_permuting_a_whole_state_and_back_is_the_identity() -> None:
     assert same({n: restored[n] for n in STATE}, STATE)
 
 
-@pytest.mark.parametrize("name", ["decoder.layers.0.mixer.unknown", "decoder.layers.9.norm.weight", "rotary.weight",
-                                  "decoder.layers.1.mlp.experts.local_experts.0.linear_fc3.weight"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decoder.layers.0.mixer.unknown",
+        "decoder.layers.9.norm.weight",
+        "rotary.weight",
+        "decoder.layers.1.mlp.experts.local_experts.0.linear_fc3.weight",
+    ],
+)
 def test_a_tensor_that_the_fact_table_does_not_know_is_an_error(name: str) -> None:
     with pytest.raises(UserError, match="belongs to no block"):
         locate(SPACE.parent, name)
 
 
-@pytest.mark.parametrize(("name", "layer", "expert"), [
-    ("decoder.layers.1.mlp.experts.local_experts.7.linear_fc1.weight", 1, 7),
-    ("decoder.layers.1.mlp.experts.linear_fc2.weight5", 1, 5),
-    ("decoder.layers.3.self_attention.linear_qkv.layer_norm_weight", 3, None),
-    ("decoder.layers.0.mixer.conv1d.weight", 0, None),
-    ("decoder.final_layernorm.weight", None, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "layer", "expert"),
+    [
+        ("decoder.layers.1.mlp.experts.local_experts.7.linear_fc1.weight", 1, 7),
+        ("decoder.layers.1.mlp.experts.linear_fc2.weight5", 1, 5),
+        ("decoder.layers.3.self_attention.linear_qkv.layer_norm_weight", 3, None),
+        ("decoder.layers.0.mixer.conv1d.weight", 0, None),
+        ("decoder.final_layernorm.weight", None, None),
+    ],
+)
 def test_names_of_both_specs_are_found(name: str, layer: int | None, expert: int | None) -> None:
     found = locate(SPACE.parent, name)
     assert (found[0], found[2]) == (layer, expert)

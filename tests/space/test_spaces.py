@@ -24,17 +24,29 @@ ILLEGAL: list[Any] = [
     ({"choices": {"num_moe_experts": [9]}}, ["num_moe_experts", "9", "nearest legal: 8"]),
     ({"choices": {"num_moe_experts": [7]}, "lanes": {"num_moe_experts": 4}}, ["7", "nearest legal: 4, 8"]),
     ({"choices": {"num_moe_experts": [2]}, "lanes": {"num_moe_experts": 4}}, ["2", "nearest legal: 4"]),
-    ({"choices": {"hidden_size": [20]}, "granule": {"hidden_size": 7}}, ["hidden_size", "20", "nearest legal: 14, 21"]),
+    (
+        {"choices": {"hidden_size": [20]}, "granule": {"hidden_size": 7}},
+        ["hidden_size", "20", "nearest legal: 14, 21"],
+    ),
     ({"choices": {"hidden_size": [0]}}, ["hidden_size", "0", "nearest legal: 1"]),
     ({"choices": {"hidden_size": [16]}, "granule": {"hidden_size": 8}}, ["hidden_size=35", "multiple of 8"]),
     ({"choices": {"hidden_size": [16]}, "lanes": {"hidden_size": 5}}, ["lanes.hidden_size", "remove"]),
     ({"choices": {"mamba_num_heads": [2]}, "lanes": {"mamba_num_heads": 6}}, ["SSM group (2)"]),
-    ({"choices": {"num_moe_experts": [4]}, "lanes": {"num_moe_experts": 3}}, ["must be a multiple of 1 and divide 8"]),
+    (
+        {"choices": {"num_moe_experts": [4]}, "lanes": {"num_moe_experts": 3}},
+        ["must be a multiple of 1 and divide 8"],
+    ),
     ({"choices": {"num_attention_heads": [2]}, "lanes": {"num_attention_heads": 3}}, ["multiple of 2"]),
     ({"choices": {"hidden_size": [16]}, "per_layer": ["hidden_size"]}, ["per_layer", "hidden_size"]),
-    ({"choices": {"hidden_size": [16]}, "per_layer": ["num_moe_experts"]}, ["num_moe_experts", "no space.choices"]),
-    ({"choices": {"hidden_size": [16]}, "lanes": {"num_moe_experts": 2}}, ["num_moe_experts", "no space.choices"]),
-]  # fmt: skip
+    (
+        {"choices": {"hidden_size": [16]}, "per_layer": ["num_moe_experts"]},
+        ["num_moe_experts", "no space.choices"],
+    ),
+    (
+        {"choices": {"hidden_size": [16]}, "lanes": {"num_moe_experts": 2}},
+        ["num_moe_experts", "no space.choices"],
+    ),
+]
 
 
 @pytest.mark.parametrize(("arguments", "says"), ILLEGAL)
@@ -69,12 +81,15 @@ def test_every_width_is_either_taken_or_answered_with_legal_ones(axis: str, widt
             build(w)
 
 
-@pytest.mark.parametrize(("change", "says"), [
-    ({"hidden_size": 20}, "hidden_size=20 is no choice"),
-    ({"num_moe_experts": [4]}, "num_moe_experts needs 2 widths, got 1"),
-    ({"hidden_size": [35, 35]}, "hidden_size needs 1 widths"),
-    ({"mamba_num_heads": [6, 6, 3]}, "mamba_num_heads=3 is no choice"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"hidden_size": 20}, "hidden_size=20 is no choice"),
+        ({"num_moe_experts": [4]}, "num_moe_experts needs 2 widths, got 1"),
+        ({"hidden_size": [35, 35]}, "hidden_size needs 1 widths"),
+        ({"mamba_num_heads": [6, 6, 3]}, "mamba_num_heads=3 is no choice"),
+    ],
+)
 def test_submodels_outside_the_space_are_refused(change: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError) as caught:
         SPACE.check(SubmodelSpec.of({**SPACE.full().to_dict(), **change}), "tiny")
@@ -146,14 +161,17 @@ def test_shapes_and_budgets_survive_json() -> None:
     assert Budget("a", "active_params", 1.0).full and not Budget("a", "active_params", 1.0, "absolute").full
 
 
-@pytest.mark.parametrize(("change", "says"), [
-    ({"hybrid_layer_pattern": ""}, "no layers"),
-    ({"hybrid_layer_pattern": "MX|"}, "'X|'"),
-    ({"mamba_state_dim": 0}, "mamba_state_dim"),
-    ({"num_attention_heads": 5}, "num_attention_heads=5 is not a multiple of num_query_groups=2"),
-    ({"mamba_num_heads": 5}, "mamba_num_heads=5 is not a multiple of mamba_num_groups=2"),
-    ({"moe_router_topk": 9}, "exceeds num_moe_experts=8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"hybrid_layer_pattern": ""}, "no layers"),
+        ({"hybrid_layer_pattern": "MX|"}, "'X|'"),
+        ({"mamba_state_dim": 0}, "mamba_state_dim"),
+        ({"num_attention_heads": 5}, "num_attention_heads=5 is not a multiple of num_query_groups=2"),
+        ({"mamba_num_heads": 5}, "mamba_num_heads=5 is not a multiple of mamba_num_groups=2"),
+        ({"moe_router_topk": 9}, "exceeds num_moe_experts=8"),
+    ],
+)
 def test_sizes_that_form_no_model_are_user_errors(change: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError) as caught:
         SHAPE.override(**change)
@@ -181,15 +199,18 @@ def test_shapes_survive_a_hugging_face_config(pattern: str, tied: bool) -> None:
         assert read == SHAPE.override(tie_embeddings=tied)
 
 
-@pytest.mark.parametrize(("change", "says"), [
-    ({"model_type": "llama"}, "nemotron_h"),
-    ({"moe_latent_size": 64}, "moe_latent_size"),
-    ({"n_group": 2}, "n_group"),
-    ({"mlp_hidden_act": "silu"}, "mlp_hidden_act"),
-    ({"use_bias": True}, "use_bias"),
-    ({"layers_block_type": ["mamba"]}, "contradicts"),
-    ({"hidden_size": None}, "hidden_size"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_type": "llama"}, "nemotron_h"),
+        ({"moe_latent_size": 64}, "moe_latent_size"),
+        ({"n_group": 2}, "n_group"),
+        ({"mlp_hidden_act": "silu"}, "mlp_hidden_act"),
+        ({"use_bias": True}, "use_bias"),
+        ({"layers_block_type": ["mamba"]}, "contradicts"),
+        ({"hidden_size": None}, "hidden_size"),
+    ],
+)
 def test_foreign_configs_are_refused(change: dict[str, Any], says: str) -> None:
     config = {"model_type": "nemotron_h", **SHAPE.to_hf(), **change}
     with pytest.raises(UserError) as caught:

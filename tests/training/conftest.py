@@ -14,18 +14,41 @@ from elastic_megatron.recipe import Recipe, load
 from elastic_megatron.training.train import train
 
 SIZES = {
-    "hybrid_layer_pattern": "ME*-", "hidden_size": 24, "vocab_size": 264, "max_position_embeddings": 64,
-    "ffn_hidden_size": 20, "mamba_num_heads": 4, "mamba_head_dim": 6, "mamba_state_dim": 5, "mamba_num_groups": 2,
-    "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 6, "num_moe_experts": 6, "moe_router_topk": 2,
-    "moe_ffn_hidden_size": 10, "moe_shared_expert_intermediate_size": 12,
-}  # fmt: skip
+    "hybrid_layer_pattern": "ME*-",
+    "hidden_size": 24,
+    "vocab_size": 264,
+    "max_position_embeddings": 64,
+    "ffn_hidden_size": 20,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 6,
+    "mamba_state_dim": 5,
+    "mamba_num_groups": 2,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "kv_channels": 6,
+    "num_moe_experts": 6,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 10,
+    "moe_shared_expert_intermediate_size": 12,
+}
 STAGES = [
-    {"name": "uniform", "tokens": 4 * 8 * 16, "seq_length": 16, "global_batch_size": 8, "micro_batch_size": 4},
     {
-        "name": "weighted", "tokens": 2 * 4 * 32, "seq_length": 32, "global_batch_size": 4, "micro_batch_size": 2,
-        "budget_probs": {"full": 0.5, "small": 0.5}, "lr": 5e-4,
+        "name": "uniform",
+        "tokens": 4 * 8 * 16,
+        "seq_length": 16,
+        "global_batch_size": 8,
+        "micro_batch_size": 4,
     },
-]  # fmt: skip
+    {
+        "name": "weighted",
+        "tokens": 2 * 4 * 32,
+        "seq_length": 32,
+        "global_batch_size": 4,
+        "micro_batch_size": 2,
+        "budget_probs": {"full": 0.5, "small": 0.5},
+        "lr": 5e-4,
+    },
+]
 BUDGETS = {
     "full": {"metric": "active_params", "target": 1.0},
     "medium": {"metric": "active_params", "target": 0.8},
@@ -33,11 +56,14 @@ BUDGETS = {
 }
 SPACE = {
     "choices": {
-        "hidden_size": [16, 20], "num_moe_experts": [4, 3], "mamba_num_heads": [2], "ffn_hidden_size": [10],
+        "hidden_size": [16, 20],
+        "num_moe_experts": [4, 3],
+        "mamba_num_heads": [2],
+        "ffn_hidden_size": [10],
         "num_layers": [3],
     },
     "per_layer": ["num_moe_experts"],
-}  # fmt: skip
+}
 
 
 def corpus(seed: int, words: int) -> str:
@@ -109,8 +135,16 @@ def parent(
         run_dir,
         model={"dtype": "fp32", "sizes": SIZES, "tokenizer": str(data["tokenizer"])},
         loss={"kind": "cross_entropy", "moe_bias_update_rate": 0.01},
-        stages=[{"name": "parent", "tokens": 3 * 8 * 16, "seq_length": 16, "global_batch_size": 8, "micro_batch_size": 8}],
-    )  # fmt: skip
+        stages=[
+            {
+                "name": "parent",
+                "tokens": 3 * 8 * 16,
+                "seq_length": 16,
+                "global_batch_size": 8,
+                "micro_batch_size": 8,
+            }
+        ],
+    )
     train(load(path))
     return run_dir
 

@@ -38,9 +38,13 @@ def test_the_full_budget_starts_with_divergence_exactly_zero(
     elastic: Callable[..., Recipe], parent: Path, tmp_path: Path, kind: str, dtype: str, sharded: bool
 ) -> None:
     recipe = elastic(
-        tmp_path / "run", model={"dtype": dtype, "checkpoint": str(parent)}, budgets=ONLY_FULL, stages=ONE_STAGE,
-        loss={"kind": kind}, parallel={"distributed_optimizer": sharded},
-    )  # fmt: skip
+        tmp_path / "run",
+        model={"dtype": dtype, "checkpoint": str(parent)},
+        budgets=ONLY_FULL,
+        stages=ONE_STAGE,
+        loss={"kind": kind},
+        parallel={"distributed_optimizer": sharded},
+    )
     train(recipe)
     first = step_lines(recipe)[0]
     assert first["kd_loss"] == 0.0 and first["loss"] == 0.0 and first["budget"] == "full"
@@ -99,9 +103,13 @@ def test_distillation_lowers_the_loss_of_every_submodel(
         "small": {"metric": "active_params", "target": 0.7},
     }
     recipe = elastic(
-        tmp_path / "run", stages=stages, budgets=budgets, checkpoint={"interval": 0}, optimizer={"lr": 3e-3},
+        tmp_path / "run",
+        stages=stages,
+        budgets=budgets,
+        checkpoint={"interval": 0},
+        optimizer={"lr": 3e-3},
         log={"tensorboard": False, "eval_tokens": 64},
-    )  # fmt: skip
+    )
     train(recipe)
     small = [line["kd_loss"] for line in step_lines(recipe) if line["budget"] == "small"]
     assert len(small) > 8 and sum(small[-4:]) < 0.7 * sum(small[:4])
@@ -130,9 +138,11 @@ def gradients_of_first_step(
     return found, step_lines(recipe)[0]
 
 
-@pytest.mark.parametrize(("budget", "loss"), [
-    ("medium", {}), ("full", {"ce_weight": 0.5, "temperature": 2.0}), ("medium", {"moe_aux_loss": 0.1})
-], ids=["kl", "kl+ce", "kl+balance"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("budget", "loss"),
+    [("medium", {}), ("full", {"ce_weight": 0.5, "temperature": 2.0}), ("medium", {"moe_aux_loss": 0.1})],
+    ids=["kl", "kl+ce", "kl+balance"],
+)
 def test_a_step_does_not_depend_on_micro_batching(
     elastic: Callable[..., Recipe],
     tmp_path: Path,
@@ -149,9 +159,12 @@ def test_a_step_does_not_depend_on_micro_batching(
     for size in (8, 4, 2):
         stages = [{**ONE_STAGE[0], "tokens": 8 * 16, "micro_batch_size": size, "budget_probs": {budget: 1.0}}]
         recipe = elastic(
-            tmp_path / f"mbs{size}", stages=stages, loss=loss, router={"inner_size": 16, **fixed},
+            tmp_path / f"mbs{size}",
+            stages=stages,
+            loss=loss,
+            router={"inner_size": 16, **fixed},
             optimizer={"lr": 1e-3, "clip_grad": 0.0},
-        )  # fmt: skip
+        )
         results.append(gradients_of_first_step(recipe, monkeypatch))
     (whole, line), *others = results
     assert any(g.abs().max() > 1e-6 for g in whole.values())
@@ -207,15 +220,18 @@ def test_random_weights_are_no_teacher(
         train(elastic(tmp_path / "run", model={"dtype": "fp32", "sizes": parent_sizes}))
 
 
-@pytest.mark.parametrize(("change", "says"), [
-    ({"stages": []}, "stages"),
-    ({"data": {}}, "data.train"),
-    ({"parallel": {"tensor": 2}}, "parallel"),
-    ({"parallel": {"distributed_optimizer": False}, "model": {"dtype": "bf16"}}, "distributed_optimizer"),
-    ({"model": {"dtype": "fp32", "checkpoint": "nowhere"}}, "nowhere"),
-    ({"space": {"choices": {"hidden_size": [99]}}}, "hidden_size"),
-    ({"space": {"choices": {"mamba_num_heads": [3]}}}, "mamba_num_heads"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"stages": []}, "stages"),
+        ({"data": {}}, "data.train"),
+        ({"parallel": {"tensor": 2}}, "parallel"),
+        ({"parallel": {"distributed_optimizer": False}, "model": {"dtype": "bf16"}}, "distributed_optimizer"),
+        ({"model": {"dtype": "fp32", "checkpoint": "nowhere"}}, "nowhere"),
+        ({"space": {"choices": {"hidden_size": [99]}}}, "hidden_size"),
+        ({"space": {"choices": {"mamba_num_heads": [3]}}}, "mamba_num_heads"),
+    ],
+)
 def test_recipes_that_cannot_run_are_one_line_user_errors(
     elastic: Callable[..., Recipe], parent: Path, tmp_path: Path, change: dict[str, Any], says: str
 ) -> None:
@@ -233,9 +249,11 @@ def test_a_teacher_of_another_vocabulary_is_refused(
     tmp_path: Path,
 ) -> None:
     other = write_recipe(
-        tmp_path / "other", model={"dtype": "fp32", "sizes": {**parent_sizes, "vocab_size": 300}},
-        loss={"kind": "cross_entropy"}, stages=[{**ONE_STAGE[0], "tokens": 128}],
-    )  # fmt: skip
+        tmp_path / "other",
+        model={"dtype": "fp32", "sizes": {**parent_sizes, "vocab_size": 300}},
+        loss={"kind": "cross_entropy"},
+        stages=[{**ONE_STAGE[0], "tokens": 128}],
+    )
     train(load(other))
     with pytest.raises(UserError, match="vocabulary"):
         train(elastic(tmp_path / "run", teacher={"checkpoint": str(tmp_path / "other")}))

@@ -127,13 +127,19 @@ def test_resuming_is_exact(
     assert_same_state(recipe, uninterrupted)
 
 
-@pytest.mark.parametrize(("dtype", "parallel"), [
-    ("bf16", {}), ("fp32", {"distributed_optimizer": False}), ("fp32", {"recompute": "full"})
-], ids=["bf16", "whole optimizer", "recompute"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "parallel"),
+    [("bf16", {}), ("fp32", {"distributed_optimizer": False}), ("fp32", {"recompute": "full"})],
+    ids=["bf16", "whole optimizer", "recompute"],
+)
 def test_resuming_is_exact_in_other_settings(
-    elastic: Callable[..., Recipe], parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str,
+    elastic: Callable[..., Recipe],
+    parent: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
     parallel: dict[str, Any],
-) -> None:  # fmt: skip
+) -> None:
     model = {"dtype": dtype, "checkpoint": str(parent)}
     straight, broken = (
         elastic(tmp_path / name, model=model, parallel=parallel) for name in ("straight", "broken")
@@ -192,15 +198,31 @@ def test_a_crash_at_any_moment_of_a_save_leaves_a_loadable_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, crash)
         with pytest.raises(Crash):
-            distributed.save(root, 7, model.bare, manifest, optimizer=model.optimizer, state={"step": 7},
-                             hf_files=source.hf_files, keep_last=1)  # fmt: skip
+            distributed.save(
+                root,
+                7,
+                model.bare,
+                manifest,
+                optimizer=model.optimizer,
+                state={"step": 7},
+                hf_files=source.hf_files,
+                keep_last=1,
+            )
     found = newest(root)
     new = moment == "pruning" or (moment == "tracker" and after)
     assert found is not None and found.name == ("iter_0000007" if new else "iter_0000006")
     assert distributed.load(found, model.bare, optimizer=model.optimizer)["step"] == (7 if new else 6)
     # and the next save succeeds over the remains
-    distributed.save(root, 7, model.bare, manifest, optimizer=model.optimizer, state={"step": 7},
-                     hf_files=source.hf_files, keep_last=1)  # fmt: skip
+    distributed.save(
+        root,
+        7,
+        model.bare,
+        manifest,
+        optimizer=model.optimizer,
+        state={"step": 7},
+        hf_files=source.hf_files,
+        keep_last=1,
+    )
     assert [p.name for p in sorted(root.glob("iter_*"))] == ["iter_0000007"]
     assert not list(root.glob(".iter_*"))
     assert distributed.load(root / "iter_0000007", model.bare)["step"] == 7
@@ -280,8 +302,13 @@ def test_sigterm_saves_at_the_next_step_and_leaves(recipe_file: Callable[..., Pa
     path = recipe_file(
         run_dir, stages=stages, checkpoint={"interval": 0}, log={"tensorboard": False, "eval_tokens": 16}
     )
-    process = subprocess.Popen([sys.executable, str(script), str(path)], stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     try:
         deadline, metrics = time.monotonic() + 120, run_dir / "metrics.jsonl"
         while not metrics.exists() or len(steps_so_far(metrics)) < 2:
@@ -303,9 +330,12 @@ def test_sigterm_saves_at_the_next_step_and_leaves(recipe_file: Callable[..., Pa
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_finishes_the_step_and_the_next_call_goes_on(
-    uninterrupted: Recipe, elastic: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    uninterrupted: Recipe,
+    elastic: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
-) -> None:  # fmt: skip
+) -> None:
     recipe, one_step = elastic(tmp_path / "run"), module._Run._one_step
     handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
 
