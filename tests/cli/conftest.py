@@ -21,10 +21,21 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     lines = [f"{i} times {i} is {i * i}, and {i} plus 7 is {i + 7}.\n" for i in range(1200)]
     (root / "train.txt").write_text("".join(lines))
     story.text.write_text("".join(lines[::13]))
-    story.play("prepare", "prepare-data", root / "train.txt", "--output", root / "data/train", "--tokenizer", "bytes", "--json")
+    story.play(
+        "prepare",
+        "prepare-data",
+        root / "train.txt",
+        "--output",
+        root / "data/train",
+        "--tokenizer",
+        "bytes",
+        "--json",
+    )
     (root / "data/train_tokenizer").rename(root / "data/tokenizer")
     tokenizer = root / "data/tokenizer"
-    story.play("prepare valid", "prepare-data", story.text, "--output", root / "data/valid", "--tokenizer", tokenizer)
+    story.play(
+        "prepare valid", "prepare-data", story.text, "--output", root / "data/valid", "--tokenizer", tokenizer
+    )
     story.play("show", "recipe", "show", story.recipe("elastic"))
     story.play("plan", "plan", story.recipe("parent"), "--json")
     story.play("parent", "train", story.recipe("parent"), "--json")
@@ -36,7 +47,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         story.play(f"slice {name}", "slice", root / "elastic_hf", story.slice(name), "--submodel", name)
         story.play(f"eval {name}", "eval", story.slice(name), "--text", story.text, "--json")
     story.play("eval checkpoint", "eval", story.elastic, "--text", story.text, "--json")
-    story.play("eval family", "eval", root / "elastic_hf", "--text", story.text, "--submodel", "all", "--json")
+    story.play(
+        "eval family", "eval", root / "elastic_hf", "--text", story.text, "--submodel", "all", "--json"
+    )
     story.play("report", "report", story.elastic, "--json")
     return story  # fmt: skip
 

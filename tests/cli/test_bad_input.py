@@ -191,9 +191,7 @@ def test_request_that_cannot_be_met(
 
 
 @pytest.mark.parametrize("blend", ["train", "valid"])
-def test_training_without_data_starts_nothing(
-    story: Story, copy: Copy, tmp_path: Path, blend: str
-) -> None:
+def test_training_without_data_starts_nothing(story: Story, copy: Copy, tmp_path: Path, blend: str) -> None:
     missing = f"data.{blend}.0.path={tmp_path / 'no'}"
     message = r"data set .*/no: .*/no\.bin is missing; write it by: elastic-megatron prepare-data"
     [line] = refused("train", story.recipe("parent"), f"run_dir={tmp_path / 'run'}", missing)
@@ -204,7 +202,10 @@ def test_training_without_data_starts_nothing(
     longer = ["stages.1.tokens=4096", missing]
     [line] = refused("train", story.recipe("elastic"), f"run_dir={begun}", *longer)
     assert re.search(message, line), line
-    assert (snapshot(begun / "checkpoints", begun / "tensorboard"), (begun / "metrics.jsonl").read_text()) == before
+    assert (
+        snapshot(begun / "checkpoints", begun / "tensorboard"),
+        (begun / "metrics.jsonl").read_text(),
+    ) == before
 
 
 def test_every_problem_of_a_recipe_gets_its_line(story: Story, untouched: Callable[[], bool]) -> None:
@@ -218,7 +219,8 @@ def test_typo_in_a_recipe_is_named_with_its_place(story: Story, tmp_path: Path) 
     recipe.write_text(f"extends: {story.recipe('elastic')}\n\nstages:\n  - {{name: a, token: 3}}\n")
     lines = refused("train", recipe)
     assert any(
-        line.startswith(f"{recipe}:4:15: stages[0]: unknown key 'token', did you mean 'tokens'?") for line in lines
+        line.startswith(f"{recipe}:4:15: stages[0]: unknown key 'token', did you mean 'tokens'?")
+        for line in lines
     )
     assert all(line.startswith(f"{recipe}:4:") for line in lines)
 
@@ -226,14 +228,20 @@ def test_typo_in_a_recipe_is_named_with_its_place(story: Story, tmp_path: Path) 
 def test_tokens_beyond_the_vocabulary(story: Story, copy: Copy, tmp_path: Path) -> None:
     small = ["model.sizes.vocab_size=64", f"run_dir={tmp_path / 'run'}", f"data.cache={tmp_path / 'cache'}"]
     [line] = refused("rank", story.recipe("parent"), *small, "rank.samples=2", "rank.seq_length=64")
-    assert re.search(r"data\.train has token \d+, but the model's vocabulary has 64; prepare the data", line), line
+    assert re.search(
+        r"data\.train has token \d+, but the model's vocabulary has 64; prepare the data", line
+    ), line
     assert not (tmp_path / "run").exists()
     directory = copy("slices/small")
     settings = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(settings | {"vocab_size": 64}))
-    _tensor(lambda t: t.update({n: t[n][:64].clone() for n in ("lm_head.weight", "backbone.embeddings.weight")}))(directory)
+    _tensor(
+        lambda t: t.update({n: t[n][:64].clone() for n in ("lm_head.weight", "backbone.embeddings.weight")})
+    )(directory)
     [line] = refused("eval", directory, "--text", story.text)
-    assert re.search(r"gives token \d+, but the model's vocabulary has 64; put the tokenizer of the model", line), line
+    assert re.search(
+        r"gives token \d+, but the model's vocabulary has 64; put the tokenizer of the model", line
+    ), line
 
 
 @pytest.mark.parametrize("content", [b"", b"T", b"\xff\xfe broken"], ids=["empty", "one letter", "not UTF-8"])

@@ -84,12 +84,17 @@ def test_killed_run_goes_on_from_its_last_checkpoint(
     assert _timeless(metrics(tmp_path / "run")) == _timeless(metrics(story.elastic))
 
 
-def test_two_data_parallel_ranks_train_what_one_does(story: Story, tmp_path: Path) -> None:
+def test_two_data_parallel_ranks_train_what_one_does(
+    story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At the full budget nothing is drawn per rank, so that the losses must be equal up to the order of sums."""
     stage = "{name: a, tokens: 3072, seq_length: 64, global_batch_size: 8, micro_batch_size: 2, budget_probs: {large: 1.0}}"
     changes = [f"stages=[{stage}]", "loss.ce_weight=0.5", "checkpoint.interval=0", "log.eval_interval=0"]
     command = ["train", str(story.recipe("elastic")), *changes]
     done(*command, f"run_dir={tmp_path / 'one'}")
+    if os.environ.get("PYTHONDONTWRITEBYTECODE"):  # then keep it here, for this and other tests' processes
+        monkeypatch.delenv("PYTHONDONTWRITEBYTECODE")
+        monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path.parent / "bytecode"))
     ranks = [sys.executable, "-m", "elastic_megatron.cli", *command, f"run_dir={tmp_path / 'two'}"]
     assert run_ranks(ranks, 2) == 0
     one, two = (
@@ -104,9 +109,15 @@ def test_two_data_parallel_ranks_train_what_one_does(story: Story, tmp_path: Pat
         assert (a["budget"], b["budget"]) == ("large", "large")
     assert one[0]["loss"] > 1
     losses = [
-        done("eval", tmp_path / n, "--text", story.text, "--submodel", "large", "--json").json["submodels"]["large"]
+        done("eval", tmp_path / n, "--text", story.text, "--submodel", "large", "--json").json["submodels"][
+            "large"
+        ]
         for n in ("one", "two")
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert json.loads((tmp_path / "two/checkpoints/iter_0000006/elastic.json").read_text())["format_version"] == 1
-    assert [c for c in psutil.Process().children(recursive=True) if "elastic_megatron" in " ".join(c.cmdline())] == []
+    assert (
+        json.loads((tmp_path / "two/checkpoints/iter_0000006/elastic.json").read_text())["format_version"]
+        == 1
+    )
+    children = psutil.Process().children(recursive=True)
+    assert [c for c in children if "elastic_megatron" in " ".join(c.cmdline())] == []

@@ -20,9 +20,7 @@ STEP = {"step", "tokens", "loss", "kd_loss", "router_loss", "budget", "lr", "gra
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(
-        a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a
-    )
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
 
 
 def test_checkpoint_family_and_slices_are_the_same_models(story: Story) -> None:
@@ -113,7 +111,9 @@ def test_plain_order_is_another_order_of_the_same_function(
     ids = torch.randint(5, 264, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         a, b = (
-            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / d).eval()(ids, use_cache=False).logits
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / d)
+            .eval()(ids, use_cache=False)
+            .logits
             for d in ("lanes", "plain")
         )
     assert float((a - b).norm() / a.norm()) < 2e-6
@@ -208,7 +208,9 @@ def test_ranking_leaves_the_function_as_it_was(story: Story) -> None:
     assert set(ranked) == {"checkpoint", "tokens", "logits_error", "unseen"}
     assert ranked["tokens"] == 8 * 64 and 0 <= ranked["logits_error"] < 1e-5
     losses = [
-        done("eval", story.root / "runs" / n, "--text", story.text, "--json").json["submodels"]["parent"]["loss"]
+        done("eval", story.root / "runs" / n, "--text", story.text, "--json").json["submodels"]["parent"][
+            "loss"
+        ]
         for n in ("parent", "rank")
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

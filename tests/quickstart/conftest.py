@@ -19,7 +19,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
     recipes.mkdir()
     (recipes / "parent.yaml").write_text(
         f"extends: {RECIPES / 'parent.yaml'}\nname: tiny-parent\n"
-        "stages: [{name: parent, tokens: 20480, seq_length: 64, global_batch_size: 8, micro_batch_size: 4}]\n"
+        "stages: [{name: parent, tokens: 15360, seq_length: 64, global_batch_size: 8, micro_batch_size: 4}]\n"
     )
     (recipes / "rank.yaml").write_text(f"extends: {RECIPES / 'rank.yaml'}\n")
     (recipes / "elastic.yaml").write_text(
@@ -34,6 +34,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
     quickstart.calls["interrupted"] = quickstart.call(
         until=lambda: metrics.exists() and metrics.stat().st_size > 0, number=signal.SIGINT, all_ranks=True
     )
+    (quickstart.root / "metrics_interrupted").write_text(metrics.read_text())
     quickstart.calls["finished"] = quickstart.call("--json")
     quickstart.calls["again"] = quickstart.call("--json")
     return quickstart

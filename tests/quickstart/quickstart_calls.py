@@ -37,7 +37,9 @@ class Quickstart:
     def out(self) -> Path:
         return self.root / "out"
 
-    def call(self, *options: str, until: Callable[[], bool] | None = None, number: int = 0, all_ranks: bool = False) -> Ended:
+    def call(
+        self, *options: str, until: Callable[[], bool] | None = None, number: int = 0, all_ranks: bool = False
+    ) -> Ended:
         """Run it to its end, or send it a signal as soon as ``until`` holds: to it alone or to ``all_ranks`` too."""
         command = [
             sys.executable, "-m", "elastic_megatron.cli", "quickstart", "--out", str(self.out),
@@ -46,12 +48,14 @@ class Quickstart:
         ]  # fmt: skip
         with (self.root / "stdout").open("w") as out, (self.root / "stderr").open("w") as err:
             child = subprocess.Popen(
-                command, stdout=out, stderr=err, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+                command, stdout=out, stderr=err, start_new_session=True, env=self._environment()
             )
             deadline = time.monotonic() + TIMEOUT
             try:
                 while until is not None and not until():
-                    assert child.poll() is None and time.monotonic() < deadline, (self.root / "stderr").read_text()
+                    assert child.poll() is None and time.monotonic() < deadline, (
+                        self.root / "stderr"
+                    ).read_text()
                     time.sleep(0.05)
                 if until is not None:
                     (os.killpg if all_ranks else os.kill)(child.pid, number)
@@ -61,7 +65,16 @@ class Quickstart:
                 for pid in self._session(child.pid):
                     os.kill(pid, signal.SIGKILL)
                 child.wait()
-        return Ended(child.returncode, (self.root / "stdout").read_text(), (self.root / "stderr").read_text(), left)
+        return Ended(
+            child.returncode, (self.root / "stdout").read_text(), (self.root / "stderr").read_text(), left
+        )
+
+    def _environment(self) -> dict[str, str]:
+        """One thread a process. Where bytecode is not kept, keep it here: these are a dozen imports of torch."""
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        if environment.pop("PYTHONDONTWRITEBYTECODE", None):
+            environment["PYTHONPYCACHEPREFIX"] = str(self.root.parent / "bytecode")
+        return environment
 
     @staticmethod
     def _session(leader: int) -> list[int]:

@@ -98,10 +98,10 @@ def state_of_parent(recipe: Recipe) -> dict[str, Tensor]:
 def crash_and_resume(recipe: Recipe, crash_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     one_step = module._Run._one_step
 
-    def crash(self: Any, step: int, lr: float) -> None:
+    def crash(self: Any, step: int, lr: float) -> Any:
         if step == crash_at:
             raise KeyboardInterrupt
-        one_step(self, step, lr)
+        return one_step(self, step, lr)
 
     with monkeypatch.context() as patch:
         patch.setattr(module._Run, "_one_step", crash)
@@ -339,10 +339,10 @@ def test_a_signal_finishes_the_step_and_the_next_call_goes_on(
     recipe, one_step = elastic(tmp_path / "run"), module._Run._one_step
     handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
 
-    def interrupted(self: Any, step: int, lr: float) -> None:
+    def interrupted(self: Any, step: int, lr: float) -> Any:
         if step == 3:
             os.kill(os.getpid(), number)
-        one_step(self, step, lr)
+        return one_step(self, step, lr)
 
     with monkeypatch.context() as patch:
         patch.setattr(module._Run, "_one_step", interrupted)

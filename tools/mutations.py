@@ -1,0 +1,120 @@
+"""The mistakes that ``tools/mutate.py`` makes, one at a time, each of which some test must notice."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """``original`` occurs in ``file`` (below ``elastic_megatron/``) once and becomes ``mutated``."""
+
+    law: str
+    mistake: str
+    file: str
+    original: str
+    mutated: str
+    tests: str
+
+
+LAW1 = "tests/blocks/test_masked_equals_sliced.py"
+GRADIENTS = "tests/blocks/test_gradients.py"
+EXPERTS = "tests/blocks/test_experts.py"
+COUNTS = "tests/space/test_counts.py"
+NESTING = "tests/space/test_nesting.py"
+LANES = "tests/space/test_lanes.py"
+SORTING = "tests/importance/test_sorting.py"
+SCORES = "tests/importance/test_scores.py"
+RUN = "tests/training/test_distillation_run.py"
+RESUME = "tests/training/test_resume.py"
+ROUTER = "tests/router/test_budget_router.py"
+MIX = "tests/ops/test_mix.py"
+
+MUTATIONS = (
+    Mutation("1", "norms keep the scale of the full width", "blocks/widths.py",
+             'mix.width("hidden_size")).sqrt()', 'mix.width("hidden_size")).sqrt() * 0 + 1', LAW1),
+    Mutation("1", "the norm's output is scaled the wrong way", "blocks/binding.py",
+             "_scale_first(output, s.reciprocal())", "_scale_first(output, s)", LAW1),
+    Mutation("1", "the embedding's cut channels stay", "blocks/stack.py",
+             "hidden_states = hidden_states * mask.to(hidden_states.dtype)", "pass", LAW1),
+    Mutation("1", "states of B are masked instead of C", "blocks/widths.py",
+             "out[\"conv\"] = torch.cat([states.new_ones(inner + state_rows), states.repeat(parent.mamba_num_groups)])",
+             "out[\"conv\"] = torch.cat([states.new_ones(inner), states.repeat(parent.mamba_num_groups), "
+             "states.new_ones(state_rows)])", GRADIENTS),
+    Mutation("1", "the convolution's bias is not masked", "blocks/mixers.py",
+             "return self._masked(self.conv1d_bias_cp1)", "return self._slice_conv_param(self.conv1d_bias_cp1)", LAW1),
+    Mutation("1", "the gated norm's scale is upside down", "blocks/widths.py",
+             "share.rsqrt()", "share.sqrt()", LAW1),
+    Mutation("1", "query heads are masked channel by channel", "blocks/widths.py",
+             "heads.repeat_interleave(parent.kv_channels)", "heads.repeat(parent.kv_channels)", LAW1),
+    Mutation("1", "the shared expert is not masked", "blocks/binding.py",
+             'mask_input(layer.mlp.shared_experts.linear_fc2, binding, "shared")', "pass", LAW1),
+    Mutation("1", "a dropped layer still writes", "blocks/widths.py",
+             "write = hidden if keep is None else keep if hidden is None else hidden * keep", "write = hidden", LAW1),
+    Mutation("1", "a cut expert's selection score is 0, not -inf", "blocks/mixers.py",
+             'torch.where(alive, self.expert_bias, float("-inf"))', "self.expert_bias", EXPERTS),
+    Mutation("1", "the auxiliary loss counts all experts", "blocks/mixers.py",
+             "aux_loss = aux_loss * (kept.detach().sum() / kept.numel())", "pass", EXPERTS),
+    Mutation("1", "absent experts look underloaded", "blocks/mixers.py",
+             "count -= _fair_share(count, kept > 0)", "pass", EXPERTS),
+    Mutation("1", "a dropped layer's experts are counted", "blocks/mixers.py",
+             "count *= keep.to(count.dtype)", "pass", EXPERTS),
+    Mutation("1", "masks are prefixes of the whole, not of lanes", "ops/mix.py",
+             "else space.kept(axis, width)", "else range(width)", f"{LAW1} {MIX}"),
+    Mutation("2", "sorting leaves the head and the embedding as they were", "checkpoint/slice.py",
+             'if "hidden_size" in orders:', 'if "hidden_size" in orders and layer is not None:', SORTING),
+    Mutation("2", "sorted experts keep their old numbers", "checkpoint/slice.py",
+             "name = _renumber(name, layout, expert, list(order).index(expert))", "pass", SORTING),
+    Mutation("3", "in_proj forgets dt", "space/layouts.py",
+             '(_dim(_Z, _X, _B, _C, _DT), _HIDDEN)', '(_dim(_Z, _X, _B, _C), _HIDDEN)', COUNTS),
+    Mutation("3", "the correction bias is not counted", "space/layouts.py",
+             'TensorLayout("mlp.router.expert_bias", (_dim(Segment("experts", ("num_moe_experts",))),),',
+             'TensorLayout("mlp.router.expert_bias", (_dim(Segment("experts", (1,))),),', COUNTS),
+    Mutation("3", "every expert is active", "cost/account.py",
+             't.numel(g.sizes) * (g.sizes["moe_router_topk"] if t.per_expert else 1)',
+             't.numel(g.sizes) * (g.sizes["num_moe_experts"] if t.per_expert else 1)', COUNTS),
+    Mutation("4", "lanes are dealt in blocks, not round-robin", "space/space.py",
+             "for i in range(lane, size, per_group)",
+             "for i in range(lane * size // per_group, (lane + 1) * size // per_group)", LANES),
+    Mutation("4", "a nested space keeps the parent's layer order", "checkpoint/nested.py",
+             "layer_order=[layers[i] for i in space.layer_order if i in layers]",
+             "layer_order=sorted(layers[i] for i in space.layer_order if i in layers)", NESTING),
+    Mutation("4", "interleaved parts are taken one after the other", "space/layouts.py",
+             "positions[j // kept_share].extend(start + k for k in inner)",
+             "positions[0].extend(start + k for k in inner)", "tests/space/test_layouts.py"),
+    Mutation("5", "recomputation runs without widths", "blocks/stack.py",
+             "local = mix.with_tensors(mix_tensors)\n",
+             "local = mix.with_tensors(mix_tensors) if self._mix else mix.one_hot("
+             "mix.space, mix.space.full(), hidden.device, hidden.dtype)\n", GRADIENTS),
+    Mutation("5", "recomputation detaches the mix", "blocks/stack.py",
+             "local = mix.with_tensors(mix_tensors)\n",
+             "local = mix.with_tensors([t.detach() for t in mix_tensors])\n", GRADIENTS),
+    Mutation("5", "masks carry no gradient to the router", "blocks/binding.py",
+             "return None if mask is None else (args[0] * mask.to(args[0].dtype), *args[1:])",
+             "return None if mask is None else (args[0] * mask.detach().to(args[0].dtype), *args[1:])", GRADIENTS),
+    Mutation("5", "hard samples have no gradient", "ops/gumbel.py",
+             "return one_hot + (soft - soft.detach())", "return one_hot", f"tests/ops/test_gumbel.py {ROUTER}"),
+    Mutation("6", "all axes share their noise", "router/router.py",
+             "gumbel_noise((*key, axis), scaled)", "gumbel_noise(key, scaled)", ROUTER),
+    Mutation("6", "the router's loss is not weighted by tokens", "training/step.py",
+             "router_loss.to(total.device) * tokens", "router_loss.to(total.device)", RUN),
+    Mutation("7", "a resumed run starts with fresh optimizer moments", "training/train.py",
+             "distributed.load(saved, model.bare, optimizer=model.optimizer)", "distributed.load(saved, model.bare)",
+             f"{RESUME} -k exact"),
+    Mutation("7", "the tracker names a checkpoint before it is there", "checkpoint/distributed.py",
+             "        temporary.rename(final)\n        _point(directory, iteration)\n",
+             "        _point(directory, iteration)\n        temporary.rename(final)\n", f"{RESUME} -k moment"),
+    Mutation("10", "the teacher is not filled with the parent's weights", "training/build.py",
+             "    chosen.fill(teacher)\n", "", RUN),
+    Mutation("10", "the teacher trains along", "training/build.py",
+             "return teacher.requires_grad_(False).eval()", "return teacher", RUN),
+    Mutation("10", "forward and reverse divergence are exchanged", "ops/kd.py",
+             'if kind == "forward_kl" else', 'if kind == "reverse_kl" else', "tests/ops/test_distillation.py"),
+    Mutation("11", "REAP sums squared norms", "importance/reap.py",
+             "dtype=dtype).double()", "dtype=dtype).double().square()", SCORES),
+    Mutation("11", "experts without tokens score 0", "importance/reap.py",
+             "sums / tokens.clamp_min(1), UNSEEN)", "sums / tokens.clamp_min(1), 0.0)", SCORES),
+    Mutation("cost", "NVFP4 has no block scales", "cost/memory.py",
+             '"nvfp4": 0.5 + 1 / 16', '"nvfp4": 0.5', "tests/cost/test_formulas.py"),
+    Mutation("cost", "budgets are met from above only", "router/loss.py",
+             "error = (cost - 1).abs()", "error = (cost - 1).clamp_min(0)", ROUTER),
+)  # fmt: skip
