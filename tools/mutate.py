@@ -2,7 +2,7 @@
 
     python tools/mutate.py [WORD ...]      only mutations whose law, file or mistake contains a word
 
-Writes the table into docs/LOG.md when all mutations ran. Exits 1 if a mistake was not noticed. The package
+Writes what it saw into the table of docs/LOG.md. Exits 1 if a mistake was not noticed. The package
 itself is never touched: tests run against a copy that stands first on PYTHONPATH.
 """
 
@@ -88,20 +88,21 @@ def check_copy_is_used() -> None:
         assert out.stdout.startswith(name), out.stdout
 
 
-def table(results: Sequence[tuple[Mutation, Result]]) -> str:
-    rows = ["| law | mistake | where | noticed by |", "|---|---|---|---|"]
-    for m, r in results:
-        noticed = ", ".join(f"`{t.replace('|', '/')}`" for t in r.failed[:2]) or "**nothing**"
-        more = " …" if len(r.failed) > 2 else ""
-        rows.append(f"| {m.law} | {m.mistake} | `{m.file}` | {noticed}{more} |")
-    return "\n".join(rows)
+def row(m: Mutation, r: Result) -> str:
+    noticed = ", ".join(f"`{t.replace('|', '/')}`" for t in r.failed[:2]) or "**nothing**"
+    return f"| {m.law} | {m.mistake} | `{m.file}` | {noticed}{' …' if len(r.failed) > 2 else ''} |"
 
 
 def write_log(results: Sequence[tuple[Mutation, Result]]) -> None:
+    """Replace the rows of these mutations; rows of mutations that no longer exist go."""
     text = LOG.read_text()
     head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    LOG.write_text(f"{head}{BEGIN}\n\n{table(results)}\n\n{END}{tail}")
+    old, tail = rest.split(END)
+    rows = {line.split(" | ")[1]: line for line in old.splitlines() if line.startswith("| ")}
+    rows |= {m.mistake: row(m, r) for m, r in results}
+    kept = [rows[m.mistake] for m in MUTATIONS if m.mistake in rows]
+    lines = ["| law | mistake | where | noticed by |", "|---|---|---|---|", *kept]
+    LOG.write_text("\n".join([f"{head}{BEGIN}", "", *lines, "", f"{END}{tail}"]))
 
 
 def main(words: Sequence[str]) -> int:
@@ -119,8 +120,7 @@ def main(words: Sequence[str]) -> int:
             f"{i}/{len(chosen)} law {mutation.law}: {mutation.mistake}: {verdict} ({result.seconds:.0f} s)",
             flush=True,
         )
-    if not words:
-        write_log(results)
+    write_log(results)
     return int(any(not r.failed or r.failed == ["timeout"] for _, r in results))
 
 

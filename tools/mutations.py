@@ -36,10 +36,8 @@ MUTATIONS = (
              "_scale_first(output, s.reciprocal())", "_scale_first(output, s)", LAW1),
     Mutation("1", "the embedding's cut channels stay", "blocks/stack.py",
              "hidden_states = hidden_states * mask.to(hidden_states.dtype)", "pass", LAW1),
-    Mutation("1", "states of B are masked instead of C", "blocks/widths.py",
-             "out[\"conv\"] = torch.cat([states.new_ones(inner + state_rows), states.repeat(parent.mamba_num_groups)])",
-             "out[\"conv\"] = torch.cat([states.new_ones(inner), states.repeat(parent.mamba_num_groups), "
-             "states.new_ones(state_rows)])", GRADIENTS),
+    Mutation("1", "SSM states are masked group by group", "blocks/widths.py",
+             "states.repeat(parent.mamba_num_groups)", "states.repeat_interleave(parent.mamba_num_groups)", LAW1),
     Mutation("1", "the convolution's bias is not masked", "blocks/mixers.py",
              "return self._masked(self.conv1d_bias_cp1)", "return self._slice_conv_param(self.conv1d_bias_cp1)", LAW1),
     Mutation("1", "the gated norm's scale is upside down", "blocks/widths.py",

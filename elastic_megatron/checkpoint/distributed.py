@@ -88,7 +88,7 @@ def load(path: Path, model: nn.Module, *, optimizer: Any = None) -> dict[str, An
     try:
         with _unlogged():
             loaded = dist_checkpointing.load(shards, str(path))
-    except (Exception, CheckpointException) as e:  # every storage backend raises its own; torch's is no Exception
+    except (Exception, CheckpointException) as e:  # backends raise all kinds; torch's is no Exception
         raise UserError(
             f"{path} cannot be loaded ({_reason(e)}); it is damaged or of another model: name an older "
             "iteration in the tracker file, or use another run_dir"

@@ -105,7 +105,7 @@ def _batches(recipe: Recipe, model: nn.Module) -> Iterator[dict[str, Tensor]]:
     for start in range(0, settings.samples, settings.micro_batch_size):
         count = min(settings.micro_batch_size, settings.samples - start)
         tokens = torch.stack([dataset[start + i]["tokens"] for i in range(count)])
-        if int(tokens.max()) >= model.vocab_size:
+        if int(tokens.max()) >= int(model.vocab_size):
             raise UserError(
                 f"data.train has token {int(tokens.max())}, but the model's vocabulary has {model.vocab_size}; "
                 "prepare the data with the tokenizer of the model"

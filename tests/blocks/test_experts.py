@@ -77,13 +77,14 @@ def routing_maps(model: Any) -> list[list[Tensor]]:
 @pytest.mark.usefixtures("fp64", "megatron")
 @pytest.mark.parametrize("function", ["sigmoid", "softmax"])
 def test_cut_experts_never_receive_tokens(function: str) -> None:
-    """Also where every kept expert has a negative score + bias, which a cut expert's plain 0 would beat."""
+    """Also where a kept expert's score + bias is negative and a cut expert's own bias would win with score 0."""
     bias = function == "sigmoid"
     model = build_elastic(SPACE, moe_router_score_function=function, moe_router_enable_expert_bias=bias)
     maps = routing_maps(model)
-    for router in routers(model) if bias else ():
-        router.expert_bias.uniform_(-4, -3)
     for name in ("fewer experts", "smallest", "heterogeneous"):
+        for position, router in enumerate(routers(model) if bias else ()):
+            router.expert_bias.uniform_(-4, -3)
+            router.expert_bias[~present(SPACE, SPECS[name], position)] = 0.5
         run(model, one_hot(SPACE, SPECS[name]), tokens(SPACE, 3, 17))
         for position, calls in enumerate(maps):
             kept = present(SPACE, SPECS[name], position)

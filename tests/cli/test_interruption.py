@@ -88,7 +88,8 @@ def test_two_data_parallel_ranks_train_what_one_does(
     story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the full budget nothing is drawn per rank, so that the losses must be equal up to the order of sums."""
-    stage = "{name: a, tokens: 3072, seq_length: 64, global_batch_size: 8, micro_batch_size: 2, budget_probs: {large: 1.0}}"
+    sizes = "tokens: 3072, seq_length: 64, global_batch_size: 8, micro_batch_size: 2"
+    stage = f"{{name: a, {sizes}, budget_probs: {{large: 1.0}}}}"
     changes = [f"stages=[{stage}]", "loss.ce_weight=0.5", "checkpoint.interval=0", "log.eval_interval=0"]
     command = ["train", str(story.recipe("elastic")), *changes]
     done(*command, f"run_dir={tmp_path / 'one'}")
@@ -108,6 +109,8 @@ def test_two_data_parallel_ranks_train_what_one_does(
         assert (a["tokens"], a["lr"]) == (b["tokens"], b["lr"])
         assert (a["budget"], b["budget"]) == ("large", "large")
     assert one[0]["loss"] > 1
+    for name, result in one[-1]["eval"]["submodels"].items():
+        assert two[-1]["eval"]["submodels"][name] == pytest.approx(result, rel=1e-4)
     losses = [
         done("eval", tmp_path / n, "--text", story.text, "--submodel", "large", "--json").json["submodels"][
             "large"
