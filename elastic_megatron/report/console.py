@@ -61,7 +61,9 @@ def _cost(m: dict[str, Any]) -> str:
 
 def _table(title: str) -> Table:
     """Room for 80 columns: no outer frame, and the first column is never squeezed away."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     table.add_column("size", style="bold", no_wrap=True)
     return table
 
@@ -102,4 +104,6 @@ def _choice(budget: dict[str, Any], axis: str) -> Text:
     if not probs:
         return Text(say.width(chosen))
     sure = certainty(probs)
-    return Text(f"{say.width(chosen)} ({say.percent(sure).replace(' ', '')})", style="yellow" if sure < 0.5 else "")
+    return Text(
+        f"{say.width(chosen)} ({say.percent(sure).replace(' ', '')})", style="yellow" if sure < 0.5 else ""
+    )

@@ -17,11 +17,11 @@ from ..checkpoint import distributed
 from ..checkpoint.resolve import elastic_space
 from ..checkpoint.slice import weights
 from ..checkpoint.sort import sort_space, sorted_state
-from ..data import blend
 from ..errors import UserError
 from ..importance import Ranking, collect
 from ..recipe import Recipe, dump
 from ..space import ElasticSpace
+from .datasets import check_tokens, dataset
 from .family import DTYPES, parent_source
 from .train import versions
 
@@ -93,23 +93,12 @@ def _collect(recipe: Recipe, model: nn.Module, space: ElasticSpace) -> Ranking:
 
 def _batches(recipe: Recipe, model: nn.Module) -> Iterator[dict[str, Tensor]]:
     settings = recipe.rank
-    dataset = blend.build_dataset(
-        [(s.weight, str(s.path)) for s in recipe.data.train],
-        seq_length=settings.seq_length,
-        num_samples=settings.samples,
-        seed=recipe.seed,
-        cache_dir=recipe.data.cache or recipe.run_dir / "cache",
-        tokenizer_eod=2,
-    )
+    samples = dataset(recipe, recipe.data.train, seq_length=settings.seq_length, num_samples=settings.samples)
     device = next(model.parameters()).device
     for start in range(0, settings.samples, settings.micro_batch_size):
         count = min(settings.micro_batch_size, settings.samples - start)
-        tokens = torch.stack([dataset[start + i]["tokens"] for i in range(count)])
-        if int(tokens.max()) >= int(model.vocab_size):
-            raise UserError(
-                f"data.train has token {int(tokens.max())}, but the model's vocabulary has {model.vocab_size}; "
-                "prepare the data with the tokenizer of the model"
-            )
+        tokens = torch.stack([samples[start + i]["tokens"] for i in range(count)])
+        check_tokens(tokens, int(model.vocab_size))
         yield {"tokens": tokens.to(device)}
 
 

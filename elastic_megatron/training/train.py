@@ -26,6 +26,7 @@ from ..router.table import router_line
 from ..space import SubmodelSpec
 from .build import Model, build_student, build_teacher
 from .curriculum import Curriculum, LearningRate
+from .datasets import check_files, check_tokens, dataset
 from .evaluate import evaluate
 from .family import parent_source
 from .log import RunLog
@@ -61,6 +62,7 @@ def train(recipe: Recipe) -> Outcome:
     parallel = recipe.parallel
     if max(parallel.tensor, parallel.pipeline, parallel.context, parallel.expert) > 1:
         raise UserError("training runs with data parallelism only; set every size of parallel: to 1")
+    check_files(recipe)
     place = runtime.start(seed=recipe.seed)
     source = parent_source(recipe)
     manifest, root = source.manifest, recipe.run_dir / "checkpoints"
@@ -110,7 +112,7 @@ class _Run:
             if last or _due(done, self.recipe.checkpoint.interval):
                 self._save(done)
                 saved = done
-            if last or _due(done, self.recipe.log.eval_interval):
+            if done == total or _due(done, self.recipe.log.eval_interval):
                 self._report(done)
             if stopping and done < total:
                 received = self.stop.received or signal.SIGTERM
@@ -164,12 +166,13 @@ class _Run:
                 f"stages[{place.stage_index}]: global_batch_size {stage.global_batch_size} is not a multiple of "
                 f"micro_batch_size {stage.micro_batch_size} x {world} data-parallel ranks"
             )
-        dataset = self._dataset(place.stage_index)
+        samples, vocab_size = self._dataset(place.stage_index), self.manifest.shape.vocab_size
         for m in range(stage.global_batch_size // (stage.micro_batch_size * world)):
             batch = blend.batch(
-                dataset, place.samples, micro_batch_size=stage.micro_batch_size, dp_rank=rank, dp_size=world,
+                samples, place.samples, micro_batch_size=stage.micro_batch_size, dp_rank=rank, dp_size=world,
                 microbatch=m,
             )  # fmt: skip
+            check_tokens(batch["tokens"], vocab_size)
             budget = self.curriculum.draw_budget(place, m, rank) if self.model.router is not None else None
             yield MicroBatch(
                 **{k: v.to(self.device) for k, v in batch.items()},
@@ -182,13 +185,12 @@ class _Run:
         if index not in self.datasets:
             stage = self.recipe.stages[index]
             self.datasets = {
-                index: blend.build_dataset(
-                    [(s.weight, str(s.path)) for s in self.recipe.data.train],
+                index: dataset(
+                    self.recipe,
+                    self.recipe.data.train,
                     seq_length=stage.seq_length,
                     num_samples=stage.steps * stage.global_batch_size,
-                    seed=self.recipe.seed + index,
-                    cache_dir=self.recipe.data.cache or self.recipe.run_dir / "cache",
-                    tokenizer_eod=2,
+                    stage=index,
                 )
             }
         return self.datasets[index]
@@ -245,15 +247,8 @@ def _eval_windows(recipe: Recipe) -> list[Tensor]:
         return []
     length = recipe.stages[0].seq_length
     count = max(1, recipe.log.eval_tokens // length)
-    dataset = blend.build_dataset(
-        [(s.weight, str(s.path)) for s in recipe.data.valid],
-        seq_length=length,
-        num_samples=count,
-        seed=recipe.seed,
-        cache_dir=recipe.data.cache or recipe.run_dir / "cache",
-        tokenizer_eod=2,
-    )
-    return [torch.as_tensor(dataset[i]["tokens"]) for i in range(min(count, len(dataset)))]
+    valid = dataset(recipe, recipe.data.valid, seq_length=length, num_samples=count)
+    return [torch.as_tensor(valid[i]["tokens"]) for i in range(min(count, len(valid)))]
 
 
 def versions() -> dict[str, str]:
