@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -149,7 +150,9 @@ def _train(recipe: Recipe) -> None:
     resolved.write_text(dump(recipe))
     command = [sys.executable, "-m", "elastic_megatron.cli", "train", str(resolved)]
     if status := run_ranks(command, min(2, os.cpu_count() or 1)):
-        if status > 128:  # a signal: saved, and said so
+        if status == 128 + signal.SIGINT:
+            raise KeyboardInterrupt  # where only the ranks got it
+        if status > 128:  # another signal: saved, and said so
             raise SystemExit(status)
         raise UserError(f"{' '.join(command[2:])} ended with status {status}; its last lines say why")
 

@@ -164,8 +164,10 @@ def test_pipeline_split_is_megatrons(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from elastic_megatron.cost.rank_memory import layers_of_stage
 
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: group.stage)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: group.stages)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: 0 if group is None else group.stage)
+    monkeypatch.setattr(
+        torch.distributed, "get_world_size", lambda group=None: 1 if group is None else group.stages
+    )
     monkeypatch.setattr(allocation, "log_on_each_pipeline_stage", lambda *args, **kwargs: None)
     for stages in range(2, 8):
         parallel, group = Parallel(pipeline=stages), SimpleNamespace(stages=stages, stage=0)

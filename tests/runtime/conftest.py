@@ -20,7 +20,7 @@ def outcomes() -> dict[str, dict[str, Any]]:
         "CUDA_VISIBLE_DEVICES": "",
         "CUDA_HOME": "/nonexistent",
     }
-    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCH_LOGS"):
         environment.pop(variable, None)
     command = [sys.executable, str(HERE / "driver.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
