@@ -22,7 +22,7 @@ quickstart: setup
 
 # OMP_NUM_THREADS=1: threads that spin while other work runs cost far more than they bring
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
