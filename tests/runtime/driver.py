@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import psutil
+
 CASE_SECONDS = 60
 
 
@@ -71,6 +73,8 @@ def _fork(case: Callable[..., Any], rank: int, world: int, port: int, folder: st
         result = {"error": f"{type(error).__name__}: {error}", "file": frames[-1]}
     with open(f"{folder}/{rank}.json", "w") as f:
         json.dump(result, f)
+    for left in psutil.Process().children(recursive=True):
+        left.kill()  # _exit runs no clean-up, and a spawned manager would outlive it
     os._exit(0)
 
 
