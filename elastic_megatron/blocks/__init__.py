@@ -1,6 +1,7 @@
 """Floor 2: elastic execution of stock Megatron blocks, and the model builder."""
 
-from .model import build_elastic_model, build_model, build_sliced_model, transformer_config
+from .model import build_chunks, build_elastic_model, build_model, build_sliced_model, transformer_config
+from .passes import forward_only
 from .specs import elastic_hybrid_stack_spec, sliced_stack_spec
 from .stack import ElasticHybridStack, elastic_stack, running
 from .widths import LayerWidths
@@ -8,11 +9,13 @@ from .widths import LayerWidths
 __all__ = [
     "ElasticHybridStack",
     "LayerWidths",
+    "build_chunks",
     "build_elastic_model",
     "build_model",
     "build_sliced_model",
     "elastic_hybrid_stack_spec",
     "elastic_stack",
+    "forward_only",
     "running",
     "sliced_stack_spec",
     "transformer_config",

@@ -8,20 +8,29 @@ tensors that recomputation passes as explicit arguments.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..ops.parallel import scale_gradient
+from ..space import ElasticSpace
 from .widths import LayerWidths
 
 
 class Binding:
-    """The widths that one layer runs with during one call; ``None`` outside calls and for the plain parent."""
+    """The widths that one layer runs with during one call; ``None`` outside calls and for the plain parent.
 
-    def __init__(self) -> None:
+    Args:
+        replicas: how many ranks compute the same residual stream: the tensor-parallel ones without sequence
+            parallelism. Each then takes that share of the gradient of what acts on the stream.
+    """
+
+    def __init__(self, replicas: int = 1) -> None:
         self.widths: LayerWidths | None = None
+        self.replicas = replicas
 
     @contextmanager
     def bound(self, widths: LayerWidths | None) -> Iterator[None]:
@@ -34,13 +43,20 @@ class Binding:
     def get(self, field: str) -> Tensor | None:
         return getattr(self.widths, field) if self.widths is not None else None
 
+    def get_shared(self, field: str) -> Tensor | None:
+        """As ``get``, for use on the residual stream."""
+        value = self.get(field)
+        return value if value is None or self.replicas == 1 else scale_gradient(value, 1 / self.replicas)
 
-def attach(layer: nn.Module, symbol: str) -> Binding:
+
+def attach(layer: nn.Module, symbol: str, space: ElasticSpace, replicas: int = 1) -> Binding:
     """Install the hooks of one stock layer. Raises ``ValueError`` where a fused path would bypass a leaf."""
-    binding = Binding()
-    norm_scale(_input_norm(layer, symbol), binding, "hidden_scale")
+    binding = Binding(replicas)
+    input_norm = _input_norm(layer, symbol)
+    stream_norm_scale(input_norm, binding, sharded_output=hasattr(input_norm, "layer_norm_weight"))
     if symbol == "M":
-        norm_scale(layer.mixer.norm, binding, "channel_scale")
+        _scale_input(layer.mixer.norm, partial(binding.get, "channel_scale"))
+        _scale_output(layer.mixer.norm, partial(binding.get, "channel_scale"))
         mask_input(layer.mixer.norm, binding, "channels")
         mask_output(layer.mixer.out_proj, binding, "write")
         layer.mixer.bind(binding)
@@ -57,7 +73,7 @@ def attach(layer: nn.Module, symbol: str) -> Binding:
         if layer.mlp.shared_experts is not None:
             mask_input(layer.mlp.shared_experts.linear_fc2, binding, "shared")
         mask_output(layer.mlp, binding, "write")
-        layer.mlp.router.bind(binding)
+        layer.mlp.router.bind(binding, space)
     return binding
 
 
@@ -72,32 +88,40 @@ def mask_input(module: nn.Module, binding: Binding, field: str) -> None:
 
 
 def mask_output(module: nn.Module, binding: Binding, field: str) -> None:
-    """Multiply a module's output (the first of an ``(output, bias)`` pair) by the mask."""
+    """Multiply what a module writes to the residual stream (the first of an ``(output, bias)`` pair)."""
 
     def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        mask = binding.get(field)
+        mask = binding.get_shared(field)
         return None if mask is None else _scale_first(output, mask)
 
     module.register_forward_hook(hook)
 
 
-def norm_scale(module: nn.Module, binding: Binding, field: str) -> None:
-    """RMSNorm over a masked width: input x s, output x 1/s (see ``widths.hidden_scale``).
+def stream_norm_scale(module: nn.Module, binding: Binding, *, sharded_output: bool = False) -> None:
+    """RMSNorm of the masked residual stream: input x s, output x 1/s (see ``widths.hidden_scale``).
 
     ``module`` is a norm, or a linear with the norm fused into its input: no bias follows, so scaling its
-    output is the same.
+    output, of which every tensor rank has a part of its own (``sharded_output``), is the same.
     """
+    shared = partial(binding.get_shared, "hidden_scale")
+    _scale_input(module, shared)
+    _scale_output(module, partial(binding.get, "hidden_scale") if sharded_output else shared)
 
-    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        s = binding.get(field)
+
+def _scale_input(module: nn.Module, scale: Callable[[], Tensor | None]) -> None:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        s = scale()
         return None if s is None else (args[0] * s, *args[1:])
 
-    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        s = binding.get(field)
+    module.register_forward_pre_hook(hook)
+
+
+def _scale_output(module: nn.Module, scale: Callable[[], Tensor | None]) -> None:
+    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        s = scale()
         return None if s is None else _scale_first(output, s.reciprocal())
 
-    module.register_forward_pre_hook(before)
-    module.register_forward_hook(after)
+    module.register_forward_hook(hook)
 
 
 def _scale_first(output: Any, factor: Tensor) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import lcm
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from ..space import ElasticSpace
 from .binding import Binding
 
 # algorithms whose statistics assume the same experts in every micro-batch
@@ -61,8 +63,9 @@ class ElasticTopKRouter(TopKRouter):
     """
 
     binding: Binding | None = None
+    count_unit: int = 1
 
-    def bind(self, binding: Binding) -> None:
+    def bind(self, binding: Binding, space: ElasticSpace) -> None:
         kinds = [self.routing_type] if isinstance(self.routing_type, str) else self.routing_type
         if _WHOLE_EXPERT_SET & set(kinds) or self.config.moe_router_fusion:
             raise ValueError(
@@ -73,6 +76,8 @@ class ElasticTopKRouter(TopKRouter):
         if self.config.moe_router_num_groups:
             raise ValueError("group-limited routing cannot be cut by experts; unset moe_router_num_groups")
         self.binding = binding
+        if "num_moe_experts" in space.axes:
+            self.count_unit = lcm(*space.choices_of("num_moe_experts"))
 
     def _kept(self) -> Tensor | None:
         return self.binding.get("experts") if self.binding is not None else None
@@ -104,22 +109,27 @@ class ElasticTopKRouter(TopKRouter):
 
         The update rule compares each count with the mean over all experts. Taking from each count the fair
         share among the experts that were present makes the mean 0 and turns that comparison into count
-        against fair share; it stays additive over micro-batches. A dropped layer counts nothing.
+        against fair share; it stays additive over micro-batches and ranks. A dropped layer counts nothing.
+
+        Tokens are counted in units of 1 / ``count_unit``, of which every fair share is a whole number: sums
+        in fp64 are then exact, and the sign that moves a bias is the same for every parallel layout.
         """
         kept = self._kept()
         keep = self.binding.get("keep") if self.binding is not None else None
         if (kept is None and keep is None) or not (self.enable_expert_bias and torch.is_grad_enabled()):
             super()._apply_expert_bias(routing_map, padding_mask)
             return
-        before = self.local_tokens_per_expert.clone()
+        # a buffer of its own, since precision wrappers cast Megatron's
+        before = self.local_tokens_per_expert.double()
+        self.local_tokens_per_expert = torch.zeros_like(before)
         super()._apply_expert_bias(routing_map, padding_mask)
         with torch.no_grad():
-            count = self.local_tokens_per_expert - before
+            count = self.local_tokens_per_expert
             if kept is not None:
-                count -= _fair_share(count, kept > 0)
+                count = _excess(count, kept > 0, self.count_unit)
             if keep is not None:
-                count *= keep.to(count.dtype)
-            self.local_tokens_per_expert.copy_(before + count)
+                count = count * keep.to(count)
+            self.local_tokens_per_expert = before + count
 
     def attach_and_log_load_balancing_loss(
         self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *args: Any, **kwargs: Any
@@ -136,13 +146,10 @@ class ElasticTopKRouter(TopKRouter):
         )
 
 
-def _fair_share(count: Tensor, present: Tensor) -> Tensor:
-    """[experts]: the tokens split evenly among the experts that are present, 0 where all of them are.
+def _excess(count: Tensor, present: Tensor, unit: int) -> Tensor:
+    """[experts] fp64: tokens above the fair share among the experts that are present, times ``unit``.
 
-    In sixteenths of a token that sum to the tokens exactly: sums over experts and micro-batches then have no
-    rounding error, whose sign would move the bias of an expert that no micro-batch had.
+    ``unit`` is a multiple of the number of experts that are present, so every value is a whole number.
     """
-    sixteenths = 16 * count.long().sum()
-    number = present.sum()
-    share = sixteenths // number + (present.cumsum(0) <= sixteenths % number)
-    return torch.where(present.all(), 0, share * present).to(count.dtype) / 16
+    share = count.sum() * (unit // present.sum())
+    return unit * count - share * present

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import nn
 
 from .. import runtime
-from ..space import ElasticSpace, ParentShape, SubmodelSpec
+from ..space import ElasticSpace, ParentShape, SubmodelSpec, stage_layers
 from .specs import elastic_hybrid_stack_spec, sliced_stack_spec
 
 
@@ -20,7 +22,7 @@ def squared_relu(x: torch.Tensor) -> torch.Tensor:
 
 
 def transformer_config(parent: ParentShape, dtype: torch.dtype, **overrides: Any) -> TransformerConfig:
-    """Megatron's config of a Nemotron-H style model; ``overrides`` win.
+    """Megatron's config of a Nemotron-H style model under the running parallel layout; ``overrides`` win.
 
     The numerics are those of transformers' ``nemotron_h``: sigmoid routing with a correction bias in fp32,
     weights renormalised over the top-k and scaled, squared ReLU, RMSNorm, no positional encoding, no biases.
@@ -30,8 +32,9 @@ def transformer_config(parent: ParentShape, dtype: torch.dtype, **overrides: Any
         "num_layers": parent.num_layers,
         "hidden_size": parent.hidden_size,
         "ffn_hidden_size": parent.ffn_hidden_size or 4 * parent.hidden_size,
-        "num_attention_heads": parent.num_attention_heads or 1,
-        "num_query_groups": parent.num_query_groups or 1,
+        # Megatron divides heads over tensor ranks also where no layer has any
+        "num_attention_heads": parent.num_attention_heads or runtime.layout().tensor,
+        "num_query_groups": parent.num_query_groups or runtime.layout().tensor,
         "kv_channels": parent.kv_channels or parent.hidden_size,
         "normalization": "RMSNorm",
         "layernorm_epsilon": parent.layernorm_epsilon,
@@ -75,23 +78,43 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     spec: ModuleSpec | None = None,
     config: TransformerConfig | None = None,
+    vp_stage: int | None = None,
     **overrides: Any,
 ) -> HybridModel:
-    """A stock ``HybridModel`` of that shape (``spec``: another stack); ``overrides`` go to the config."""
+    """This rank's pipeline chunk of a stock ``HybridModel`` of that shape, the whole model without a pipeline.
+
+    Args:
+        spec: another stack.
+        vp_stage: which chunk, with a virtual pipeline.
+        overrides: go to the config.
+    """
+    layout, groups = runtime.layout(), runtime.groups()
+    chunks = layout.virtual_pipeline or 1
+    place = (vp_stage or 0) * layout.pipeline + groups.pp.rank()
+    stages = stage_layers(parent.num_layers, layout.pipeline * chunks)
     model = HybridModel(
         config or transformer_config(parent, dtype, **overrides),
         spec or runtime.hybrid_stack_spec(),
         vocab_size=parent.vocab_size,
         max_sequence_length=parent.max_position_embeddings,
-        hybrid_layer_pattern=parent.hybrid_layer_pattern,
+        hybrid_layer_pattern="|".join(parent.hybrid_layer_pattern[s.start : s.stop] for s in stages),
+        pre_process=place == 0,
+        post_process=place == len(stages) - 1,
         share_embeddings_and_output_weights=parent.tie_embeddings,
         parallel_output=True,
         position_embedding_type="none",
-        pg_collection=runtime.groups(),
+        pg_collection=groups,
+        vp_stage=vp_stage,
     )
     # Megatron keeps D in the default dtype and A_log in fp32 whatever params_dtype says
     runtime.one_optimizer_layout(model)
     return model.double() if dtype is torch.float64 else model
+
+
+def build_chunks(build: Callable[[int | None], nn.Module]) -> list[nn.Module]:
+    """``build(vp_stage)`` for every pipeline chunk of this rank, in order; one chunk without a virtual pipeline."""
+    chunks = runtime.layout().virtual_pipeline
+    return [build(None)] if chunks is None else [build(v) for v in range(chunks)]
 
 
 def build_elastic_model(space: ElasticSpace, **kwargs: Any) -> HybridModel:

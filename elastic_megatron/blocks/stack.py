@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..ops.mix import SubmodelMix
 from ..space import ElasticSpace
-from .binding import Binding, attach, norm_scale
-from .widths import LayerWidths, hidden_scale, layer_widths
+from .binding import Binding, attach, stream_norm_scale
+from .widths import LayerWidths, Shard, end_widths, layer_widths
 
 
 class ElasticHybridStack(HybridStack):
@@ -32,12 +32,17 @@ class ElasticHybridStack(HybridStack):
         _refuse(config)
         self.space = space
         self.first_layer = pp_layer_offset
+        groups = kwargs["pg_collection"]
+        self.shards = [Shard(g.rank(), g.size()) for g in (groups.tp, groups.expt_tp)]
+        replicas = 1 if config.sequence_parallel else groups.tp.size()
         self.bindings = [
-            attach(layer, symbol) for layer, symbol in zip(self.layers, self.layer_type_list, strict=True)
+            attach(layer, symbol, space, replicas)
+            for layer, symbol in zip(self.layers, self.layer_type_list, strict=True)
         ]
-        self.final_binding = Binding()
+        # what acts on the residual stream outside the layers: the embedding's mask, the final norm
+        self.ends = Binding(replicas)
         if self.post_process and self.post_layer_norm:
-            norm_scale(self.final_norm, self.final_binding, "hidden_scale")
+            stream_norm_scale(self.final_norm, self.ends)
         self._mix: SubmodelMix | None = None
 
     @contextmanager
@@ -56,16 +61,19 @@ class ElasticHybridStack(HybridStack):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         if isinstance(hidden_states, WrappedTensor):
             hidden_states = hidden_states.unwrap()
-        if self.pre_process and "hidden_size" in mix.probs:
-            mask = mix.mask("hidden_size")
-            hidden_states = hidden_states * mask.to(hidden_states.dtype)
         with ExitStack() as stack:
-            stack.enter_context(self.final_binding.bound(LayerWidths(hidden_scale=hidden_scale(mix))))
+            stack.enter_context(self.ends.bound(end_widths(mix)))
+            mask = self.ends.get_shared("write")
+            if self.pre_process and mask is not None:
+                hidden_states = hidden_states * mask.to(hidden_states.dtype)
             if self.config.recompute_granularity == "full" and self.training:
                 return self._recomputed(mix, hidden_states, attention_mask, **kwargs)
             for i, binding in enumerate(self.bindings):
-                stack.enter_context(binding.bound(layer_widths(mix, self.first_layer + i)))
+                stack.enter_context(binding.bound(self._widths(mix, i)))
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
+
+    def _widths(self, mix: SubmodelMix, layer: int) -> LayerWidths:
+        return layer_widths(mix, self.first_layer + layer, *self.shards)
 
     def _recomputed(self, mix: SubmodelMix, hidden_states: Any, attention_mask: Tensor | None,
                     rotary_pos_emb: Tensor | None = None, packed_seq_params: Any = None,
@@ -80,7 +88,7 @@ class ElasticHybridStack(HybridStack):
             def forward(hidden: Tensor, *mix_tensors: Tensor) -> Tensor:
                 local = mix.with_tensors(mix_tensors)
                 for i in range(start, end):
-                    with self.bindings[i].bound(layer_widths(local, self.first_layer + i)):
+                    with self.bindings[i].bound(self._widths(local, i)):
                         out = self.layers[i](
                             hidden_states=hidden,
                             attention_mask=attention_mask,

@@ -17,18 +17,36 @@ from ..ops.mix import SubmodelMix
 
 
 @dataclass(frozen=True)
+class Shard:
+    """Which of ``size`` equal parts of a sharded axis a rank holds. Whole lanes, so every part is alike."""
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, mask: Tensor) -> Tensor:
+        """This rank's part of a mask over a whole axis."""
+        return mask.unflatten(0, (self.size, -1))[self.rank]
+
+
+WHOLE = Shard()
+
+
+@dataclass(frozen=True)
 class LayerWidths:
-    """Masks of one layer for one micro-batch.
+    """Masks of one layer for one micro-batch, on one rank.
+
+    A rank's gradient of a mask is that of what the rank computes: summed over all ranks it is the gradient of
+    the mask. Hooks divide it where several ranks compute the same (``Binding.replicas``).
 
     Args:
         hidden_scale: 0-d, s = sqrt(d / d') of the input norm.
         write: [hidden_size], multiplies what the layer adds to the residual stream; the probability that the
             layer runs is part of it.
-        channels: mask of the block's inner width in stored order (Mamba heads x channels, query heads x
-            ``kv_channels``, or feed-forward channels).
+        channels: mask of this rank's part of the block's inner width in stored order (Mamba heads x channels,
+            query heads x ``kv_channels``, or feed-forward channels).
         channel_scale: 0-d, s of Mamba's gated norm, equal in every group since lanes cut groups evenly.
-        conv: [convolution channels], ones but for the masked SSM states of C.
-        shared: mask of the shared expert's channels.
+        conv: [this rank's convolution channels], ones but for the masked SSM states of C.
+        shared: mask of this rank's channels of the shared expert.
         experts: [num_moe_experts], how much of each routed expert is kept.
         keep: 0-d, probability that the layer runs.
     """
@@ -53,8 +71,16 @@ def hidden_scale(mix: SubmodelMix) -> Tensor | None:
     return (mix.space.parent.hidden_size / mix.width("hidden_size")).sqrt()
 
 
-def layer_widths(mix: SubmodelMix, layer: int) -> LayerWidths:
-    """The widths of one layer of the parent (global index)."""
+def end_widths(mix: SubmodelMix) -> LayerWidths:
+    """What holds outside the layers: ``write`` masks the embedding's output."""
+    hidden = mix.mask("hidden_size") if "hidden_size" in mix.probs else None
+    return LayerWidths(hidden_scale=hidden_scale(mix), write=hidden)
+
+
+def layer_widths(
+    mix: SubmodelMix, layer: int, tensor: Shard = WHOLE, expert_tensor: Shard = WHOLE
+) -> LayerWidths:
+    """The widths of one layer of the parent (global index), on the rank with these shards."""
     parent = mix.space.parent
     symbol = parent.hybrid_layer_pattern[layer]
     position = parent.layers_of(symbol).index(layer)
@@ -63,36 +89,37 @@ def layer_widths(mix: SubmodelMix, layer: int) -> LayerWidths:
     write = hidden if keep is None else keep if hidden is None else hidden * keep
     common = {"hidden_scale": hidden_scale(mix), "write": write, "keep": keep}
     if symbol == "M":
-        return LayerWidths(**common, **_mamba(mix, position))
+        return LayerWidths(**common, **_mamba(mix, position, tensor))
     if symbol == "*":
-        heads = _mask(mix, "num_attention_heads", position)
+        heads = _mask(mix, "num_attention_heads", position, tensor)
         return LayerWidths(
             **common, channels=None if heads is None else heads.repeat_interleave(parent.kv_channels)
         )
     if symbol == "-":
-        return LayerWidths(**common, channels=_mask(mix, "ffn_hidden_size", position))
+        return LayerWidths(**common, channels=_mask(mix, "ffn_hidden_size", position, tensor))
     return LayerWidths(
         **common,
-        channels=_mask(mix, "moe_ffn_hidden_size", position),
-        shared=_mask(mix, "moe_shared_expert_intermediate_size", position),
+        channels=_mask(mix, "moe_ffn_hidden_size", position, expert_tensor),
+        shared=_mask(mix, "moe_shared_expert_intermediate_size", position, tensor),
         experts=_mask(mix, "num_moe_experts", position),
     )
 
 
-def _mask(mix: SubmodelMix, axis: str, position: int) -> Tensor | None:
-    return mix.mask(axis, position) if axis in mix.probs else None
+def _mask(mix: SubmodelMix, axis: str, position: int, shard: Shard = WHOLE) -> Tensor | None:
+    return shard.of(mix.mask(axis, position)) if axis in mix.probs else None
 
 
-def _mamba(mix: SubmodelMix, position: int) -> dict[str, Tensor | None]:
+def _mamba(mix: SubmodelMix, position: int, tensor: Shard) -> dict[str, Tensor | None]:
     parent = mix.space.parent
-    heads = _mask(mix, "mamba_num_heads", position)
+    heads = _mask(mix, "mamba_num_heads", position, tensor)
     dims = _mask(mix, "mamba_head_dim", position)
     states = _mask(mix, "mamba_state_dim", position)
+    local_heads, local_groups = parent.mamba_num_heads // tensor.size, parent.mamba_num_groups // tensor.size
     out: dict[str, Tensor | None] = {}
     if heads is not None or dims is not None:
         like = mix.tensors()[0]
         ones = torch.ones(1, device=like.device, dtype=like.dtype)
-        rows = heads if heads is not None else ones.expand(parent.mamba_num_heads)
+        rows = heads if heads is not None else ones.expand(local_heads)
         cols = dims if dims is not None else ones.expand(parent.mamba_head_dim)
         out["channels"] = torch.outer(rows, cols).flatten()
         share = ones[0]
@@ -102,7 +129,6 @@ def _mamba(mix: SubmodelMix, position: int) -> dict[str, Tensor | None]:
             share = share * mix.width("mamba_head_dim", position) / parent.mamba_head_dim
         out["channel_scale"] = share.rsqrt()
     if states is not None:
-        inner = parent.mamba_num_heads * parent.mamba_head_dim
-        state_rows = parent.mamba_num_groups * parent.mamba_state_dim
-        out["conv"] = torch.cat([states.new_ones(inner + state_rows), states.repeat(parent.mamba_num_groups)])
+        kept = local_heads * parent.mamba_head_dim + local_groups * parent.mamba_state_dim
+        out["conv"] = torch.cat([states.new_ones(kept), states.repeat(local_groups)])
     return out

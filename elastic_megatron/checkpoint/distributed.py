@@ -1,35 +1,41 @@
 """Megatron distributed checkpoints with an atomic tracker.
 
-A checkpoint directory holds ``iter_0000100/`` folders (Megatron's ``torch_dist`` shards, ``elastic.json`` and
-``hf/``, the side files an export needs) and ``latest_checkpointed_iteration.txt``, which names the newest
-complete one. A folder is written under a temporary name and renamed, then the tracker is replaced, so that a
-crash at any moment leaves the previous checkpoint loadable and named.
+A checkpoint directory holds ``iter_0000100/`` folders (Megatron's ``torch_dist`` shards, ``elastic.json``,
+``integrity.json`` and ``hf/``, the side files an export needs) and ``latest_checkpointed_iteration.txt``, which
+names the newest complete one. A folder is written under a temporary name and renamed, then the tracker is
+replaced, so that a crash at any moment leaves the previous checkpoint loadable and named.
+
+Tensors are saved under the names and whole shapes of the parent, so that any layout loads what any other wrote.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
+from .. import runtime
 from ..errors import UserError
+from . import integrity, tracker
+from .agreement import ROUTER, check_replicas, same_on_all_ranks
 from .hf_read import side_files
 from .manifest import FILE, Manifest
-from .tracker import TRACKER, complete
 
 
 def save(
     directory: Path,
     iteration: int,
-    model: nn.Module,
+    chunks: Sequence[nn.Module] | nn.Module,
     manifest: Manifest,
     *,
     optimizer: Any = None,
@@ -41,63 +47,216 @@ def save(
 
     Args:
         directory: the checkpoint root.
-        optimizer: a Megatron optimizer, saved reshardable; ``None`` saves weights only.
-        state: plain values to return from ``load`` (step, consumed samples, schedules).
-        hf_files: a Hugging Face directory whose tokenizer and other side files are copied to ``hf/``.
-        keep_last: complete checkpoints to keep, 0 for all.
+        chunks, manifest, optimizer, state, hf_files: as in ``Saver.save``.
+        keep_last: checkpoints to keep, 0 for all.
+
+    Raises ``UserError`` as ``Saver.save``.
+    """
+    with Saver(directory, keep_last=keep_last) as saver:
+        return saver.save(iteration, chunks, manifest, optimizer=optimizer, state=state, hf_files=hf_files)
+
+
+class Saver:
+    """Writes the checkpoints of one run, in the background if asked; every method is collective over all ranks.
+
+    In the background a forked process per rank holds the state at the moment of ``save``, writes and hashes it;
+    training goes on and calls ``poll`` at every step. Renaming, tracker and pruning follow when all ranks have
+    written. Leaving the ``with`` block waits for that; leaving it by an exception kills the writers.
+
+    Args:
+        directory: the checkpoint root.
+        keep_last: checkpoints to keep, 0 for all.
+        async_save: write in the background.
+    """
+
+    def __init__(self, directory: Path, *, keep_last: int = 0, async_save: bool = False) -> None:
+        from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+        self.directory, self.keep_last, self.async_save = directory, keep_last, async_save
+        self._queue = AsyncCallsQueue()
+
+    def save(
+        self,
+        iteration: int,
+        chunks: Sequence[nn.Module] | nn.Module,
+        manifest: Manifest,
+        *,
+        optimizer: Any = None,
+        state: Mapping[str, Any] | None = None,
+        hf_files: Path | None = None,
+    ) -> Path:
+        """Save a state; returns the folder that holds it once it is complete. Waits for a save still under way.
+
+        Args:
+            chunks: this rank's ``HybridModel`` chunks, one without virtual pipeline.
+            optimizer: a Megatron optimizer, saved reshardable; ``None`` saves weights only.
+            state: plain values to return from ``load`` (step, consumed samples, schedules), equal on all ranks.
+            hf_files: a Hugging Face directory whose tokenizer and other side files are copied to ``hf/``.
+
+        Raises ``UserError`` where the files cannot be written, or the budget router differs between ranks.
+        """
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+            FullyParallelSaveStrategyWrapper,
+        )
+        from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+        self.finish()
+        _forget_results()
+        check_replicas([chunk for _, chunk in _named(chunks)])
+        with same_on_all_ranks(f"{self.directory} cannot be written"):
+            if _rank() == 0:
+                tracker.begin(self.directory, iteration)
+        torch.distributed.barrier()
+        temporary = tracker.temporary(self.directory, iteration)
+        shards = _model_shards(chunks) | {"state": dict(state or {})}
+        if optimizer is not None:
+            shards["optimizer"] = optimizer.sharded_state_dict(shards, metadata=_metadata())
+        # the data-parallel ranks share the writing
+        strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), runtime.groups().dp_cp)
+        request = dist_checkpointing.save(
+            shards, str(temporary), strategy, async_sharded_save=True, async_strategy="mcore"
+        )
+        if request.async_fn is not None:
+            owner = os.getpid() if self.async_save else None
+            write = functools.partial(_write_shards, request.async_fn, temporary, owner)
+            request = request._replace(async_fn=write)
+        request.add_finalize_fn(lambda: self._publish(temporary, iteration, manifest, hf_files))
+        with _write_errors(temporary):
+            if self.async_save:
+                self._queue.schedule_async_request(request)
+            else:
+                request.execute_sync()
+        return tracker.folder(self.directory, iteration)
+
+    def poll(self) -> None:
+        """Complete a background save if all ranks have written it. Raises ``UserError`` where one could not."""
+        with _write_errors(self.directory):
+            self._queue.maybe_finalize_async_calls(blocking=False)
+
+    def finish(self) -> None:
+        """Wait for a background save and complete it. Raises ``UserError`` where a rank could not write."""
+        with _write_errors(self.directory):
+            self._queue.maybe_finalize_async_calls(blocking=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.finish()
+        while self._queue.async_calls:
+            writer = self._queue.async_calls.popleft().async_caller.process
+            if writer is not None:
+                writer.kill()
+                writer.join()
+
+    def _publish(self, temporary: Path, iteration: int, manifest: Manifest, hf_files: Path | None) -> None:
+        with same_on_all_ranks(f"{temporary} cannot be completed"):
+            if _rank() == 0:
+                manifest.write(temporary / FILE)
+                if hf_files is not None:
+                    (temporary / "hf").mkdir()
+                    for file in side_files(hf_files):
+                        shutil.copy2(file, temporary / "hf")
+                integrity.seal(temporary)
+                tracker.publish(self.directory, iteration)
+                tracker.prune(self.directory, self.keep_last)
+
+
+def load(path: Path, chunks: Sequence[nn.Module] | nn.Module, *, optimizer: Any = None) -> dict[str, Any]:
+    """Load weights (and optimizer) from an ``iter_*`` folder into built chunks; returns the saved ``state``.
+
+    Collective over all ranks, which share the work of verifying the files.
+
+    Raises ``UserError`` on all ranks where a file is missing, damaged or of a later release, or the weights do
+    not fit the model.
     """
     from megatron.core import dist_checkpointing
 
-    final = directory / f"iter_{iteration:07d}"
-    temporary = directory / f".{final.name}.incomplete"
-    if _main_rank():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    _barrier()
-    shards = {"model": model.sharded_state_dict(metadata=_metadata()), "state": dict(state or {})}
-    if optimizer is not None:
-        shards["optimizer"] = optimizer.sharded_state_dict(shards, metadata=_metadata())
-    dist_checkpointing.save(shards, str(temporary))
-    _barrier()
-    if _main_rank():
-        manifest.write(temporary / FILE)
-        if hf_files is not None:
-            (temporary / "hf").mkdir()
-            for file in side_files(hf_files):
-                shutil.copy2(file, temporary / "hf")
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        _point(directory, iteration)
-        _prune(directory, keep_last)
-    _barrier()
-    return final
-
-
-def load(path: Path, model: nn.Module, *, optimizer: Any = None) -> dict[str, Any]:
-    """Load weights (and optimizer) from an ``iter_*`` folder into a built model; returns the saved ``state``.
-
-    Raises ``UserError`` where a shard or ``elastic.json`` is missing, damaged or of a later release, or the
-    weights do not fit the model.
-    """
-    from megatron.core import dist_checkpointing
-
-    Manifest.read(path / FILE)
-    shards: dict[str, Any] = {"model": model.sharded_state_dict(metadata=_metadata())}
+    with same_on_all_ranks(f"{path} cannot be read"):
+        integrity.verify(path, _rank(), torch.distributed.get_world_size())
+    shards = _model_shards(chunks)
     if optimizer is not None:
         shards["optimizer"] = optimizer.sharded_state_dict(shards, is_loading=True, metadata=_metadata())
-    try:
-        with _unlogged():
-            loaded = dist_checkpointing.load(shards, str(path))
-    except (Exception, CheckpointException) as e:  # backends raise all kinds; torch's is no Exception
-        raise UserError(
-            f"{path} cannot be loaded ({_reason(e)}); it is damaged or of another model: name an older "
-            "iteration in the tracker file, or use another run_dir"
-        ) from e
-    model.load_state_dict(loaded["model"], strict=False)
+    with same_on_all_ranks(f"{path} cannot be read"):
+        Manifest.read(path / FILE)
+        try:
+            with _unlogged():
+                loaded = dist_checkpointing.load(shards, str(path))
+        except (Exception, CheckpointException) as e:  # backends raise all kinds; torch's is no Exception
+            raise UserError(
+                f"{path} cannot be loaded ({_reason(e)}); it is damaged or of another model: name an older "
+                "iteration in the tracker file, or use another run_dir"
+            ) from e
+    for name, chunk in _named(chunks):
+        chunk.load_state_dict(loaded[name], strict=False)
     if optimizer is not None:
         with torch.no_grad():  # the fp32 path copies into views of leaves
             optimizer.load_state_dict(loaded["optimizer"])
     return dict(loaded.get("state", {}))
+
+
+def _named(chunks: Sequence[nn.Module] | nn.Module) -> list[tuple[str, nn.Module]]:
+    """Chunks under the names that Megatron's optimizers look for."""
+    listed = [chunks] if isinstance(chunks, nn.Module) else list(chunks)
+    return [("model" if len(listed) == 1 else f"model{i}", chunk) for i, chunk in enumerate(listed)]
+
+
+def _model_shards(chunks: Sequence[nn.Module] | nn.Module) -> dict[str, Any]:
+    """Sharded state dicts of the chunks. The budget router lies on every pipeline stage; the first one's is saved."""
+    stage = runtime.groups().pp.rank()
+    shards: dict[str, Any] = {}
+    for name, chunk in _named(chunks):
+        shards[name] = chunk.sharded_state_dict(metadata=_metadata())
+        for key, shard in shards[name].items():
+            if key.startswith(ROUTER):
+                shard.replica_id = (stage, *shard.replica_id[1:])
+    return shards
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": runtime.groups().dp_cp,
+    }
+
+
+def _write_shards(write: Callable[..., None], folder: Path, owner: int | None, *arguments: Any) -> None:
+    """Megatron's writer of one rank, then the digests of what it wrote; in a fork of process ``owner``, if any."""
+    if owner is not None:
+        from ..runtime.cpu import _die_with_parent
+
+        _die_with_parent()
+        if os.getppid() != owner:  # it died before this process could ask to be told
+            return
+    write(*arguments)
+    rank, buckets, _ = arguments
+    integrity.digest_part(folder, rank, [Path(file) for file, _, _ in buckets])
+
+
+def _forget_results() -> None:
+    """A save that was given up may have left its writers' results in Megatron's queue, which has no owner."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    results = filesystem_async._results_queue
+    while results is not None and not results.empty():
+        results.get_nowait()
+
+
+@contextlib.contextmanager
+def _write_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, CheckpointException) as e:  # the latter on every rank, with the reason on the first
+        raise UserError(
+            f"{folder} cannot be written ({_reason(e)}); free space and run the same command to continue from "
+            "the last checkpoint"
+        ) from e
 
 
 @contextlib.contextmanager
@@ -112,40 +271,11 @@ def _unlogged() -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """One line about a failed load; a ``CheckpointException`` wraps the failure of each rank."""
+    """One line about a failure; a ``CheckpointException`` wraps the failure of each rank."""
     inner = next((e for e, _ in getattr(error, "failures", {}).values()), error)
     line = next((line.strip() for line in str(inner).splitlines() if line.strip()), "")
     return f"{type(inner).__name__}: {line[:160]}"
 
 
-def _metadata() -> dict[str, Any]:
-    from .. import runtime
-
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-        "singleton_local_shards": False,
-        "dp_cp_group": runtime.groups().dp_cp,
-    }
-
-
-def _point(directory: Path, iteration: int) -> None:
-    temporary = directory / f".{TRACKER}.incomplete"
-    with open(temporary, "w") as f:
-        f.write(f"{iteration}\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, directory / TRACKER)
-
-
-def _prune(directory: Path, keep_last: int) -> None:
-    for old in complete(directory)[:-keep_last] if keep_last else []:
-        shutil.rmtree(old)
-
-
-def _main_rank() -> bool:
-    return torch.distributed.get_rank() == 0
-
-
-def _barrier() -> None:
-    torch.distributed.barrier()
+def _rank() -> int:
+    return torch.distributed.get_rank()

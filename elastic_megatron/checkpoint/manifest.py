@@ -75,10 +75,9 @@ class Manifest:
                 hf_config=data["hf_config"],
                 versions=data["versions"],
             )
-        except (KeyError, TypeError, AttributeError) as e:
-            raise UserError(
-                f"{source} is damaged ({type(e).__name__}: {e}); restore it from a backup"
-            ) from None
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as e:
+            what = e if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
+            raise UserError(f"{source} is damaged ({what}); restore it from a backup") from None
         if space is not None and space.parent != manifest.shape:
             raise UserError(f"{source} is damaged (shape and space disagree); restore it from a backup")
         for name, spec in submodels.items():

@@ -13,6 +13,9 @@ from ..errors import UserError
 from ..ops.gather import gather_tensor
 from ..space import ElasticSpace, ParentShape, SubmodelSpec, TensorLayout, ends, tensors_of
 
+# ``orders["hidden_size"]`` is global; ``orders[layer, axis]`` belongs to one layer and may be a list of orders, one
+# an expert, for ``moe_ffn_hidden_size`` (channels are independent between experts). An order lists old positions.
+Orders = Mapping[str | tuple[int, str], Sequence[int]]
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"\{e\}")
 
@@ -93,30 +96,31 @@ def slice_state(
 
 
 def permute_state(
-    parent: ParentShape,
-    orders: Mapping[str | tuple[int, str], Sequence[int]],
-    state: Iterable[tuple[str, Tensor]],
+    parent: ParentShape, orders: Orders, state: Iterable[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The same model with its components in another order.
-
-    ``orders["hidden_size"]`` is global; ``orders[layer, axis]`` belongs to one layer and may be a list of
-    orders, one an expert, for ``moe_ffn_hidden_size`` (channels are independent between experts).
-    """
+    """The same model with its components in another order."""
     for name, tensor in state:
         layer, layout, expert = locate(parent, name)
-        kept: dict[str, Sequence[int]] = {}
-        if "hidden_size" in orders:
-            kept["hidden_size"] = orders["hidden_size"]
-        for key, order in orders.items():
-            if not isinstance(key, tuple) or key[0] != layer:
-                continue
-            if key[1] == "num_moe_experts" and expert is not None:
-                name = _renumber(name, layout, expert, list(order).index(expert))
-            elif key[1] == "moe_ffn_hidden_size" and expert is not None and not isinstance(order[0], int):
-                kept[key[1]] = order[expert]  # type: ignore[assignment]
-            else:
-                kept[key[1]] = order
-        yield name, gather_tensor(tensor, layout, parent_fields(parent), kept)
+        order = orders.get((layer, "num_moe_experts")) if layer is not None else None
+        if expert is not None and order is not None:
+            name = _renumber(name, layout, expert, list(order).index(expert))
+        yield name, gather_tensor(tensor, layout, parent_fields(parent), orders_in(orders, layer, expert))
+
+
+def orders_in(orders: Orders, layer: int | None, expert: int | None) -> dict[str, Sequence[int]]:
+    """The orders along the dimensions of one tensor, by axis; an expert's place among others is not one of them."""
+    found: dict[str, Sequence[int]] = {}
+    if "hidden_size" in orders:
+        found["hidden_size"] = orders["hidden_size"]
+    for key, order in orders.items():
+        if (
+            isinstance(key, tuple)
+            and key[0] == layer
+            and not (expert is not None and key[1] == "num_moe_experts")
+        ):
+            of_expert = expert is not None and not isinstance(order[0], int)
+            found[key[1]] = order[expert] if of_expert else order  # type: ignore[index]
+    return found
 
 
 def _renumber(name: str, layout: TensorLayout, old: int, new: int) -> str:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
-from torch import Tensor
+import torch
 
 from ..errors import UserError
 from ..importance import Ranking
 from ..space import ElasticSpace, stored_order
-from .slice import permute_state
-
-Orders = dict[str | tuple[int, str], Sequence[int]]
+from .shards import Shard, exchange, shards
+from .slice import Orders, orders_in
 
 
 def sort_orders(space: ElasticSpace, ranking: Ranking) -> Orders:
     """The stored order of every elastic width, as ``permute_state`` takes it.
 
-    Routed experts' channels get a list of orders, one an expert, by the expert's number *before* sorting:
-    ``permute_state`` looks them up by the name a tensor comes with, so both permutations compose.
+    Routed experts' channels get a list of orders, one an expert, by the expert's number *before* sorting.
 
     Raises ``UserError`` where the ranking belongs to another model or lacks an axis of the space.
     """
-    orders: Orders = {}
+    orders: dict[str | tuple[int, str], Sequence[int]] = {}
     for axis in space.axes:
         if axis == "num_layers":
             continue
@@ -43,11 +42,34 @@ def sort_space(space: ElasticSpace, ranking: Ranking) -> ElasticSpace:
     return space.with_layer_order(_order(space, ranking, "num_layers", "num_layers"))
 
 
-def sorted_state(
-    space: ElasticSpace, ranking: Ranking, state: Iterable[tuple[str, Tensor]]
-) -> Iterator[tuple[str, Tensor]]:
-    """The same model, sorted, tensor by tensor. Raises ``UserError`` as ``sort_orders``."""
-    return permute_state(space.parent, sort_orders(space, ranking), state)
+@torch.no_grad()
+def sort_model(chunks: Sequence[Any], space: ElasticSpace, ranking: Ranking) -> None:
+    """Sort a model in place, tensor by tensor, under the layout it is sharded by; collective.
+
+    Needs the memory of a few parts of one tensor at a time: no rank ever holds more of the model than its own.
+
+    Args:
+        chunks: this rank's pipeline chunks, bare, of a model of shape ``space.parent``.
+
+    Raises ``UserError`` as ``sort_orders``.
+    """
+    orders = sort_orders(space, ranking)
+    for chunk in chunks:
+        experts: dict[tuple[int, str], list[Shard]] = {}
+        for shard in shards(chunk, space.parent):
+            shard.tensor.copy_(shard.permuted(orders_in(orders, shard.layer, shard.expert)))
+            if (
+                shard.layer is not None
+                and (shard.layer, "num_moe_experts") in orders
+                and shard.expert is not None
+            ):
+                experts.setdefault((shard.layer, shard.layout.name), []).append(shard)
+        # an expert's channels are in order now, and it may go to its place, on whichever rank that is
+        for (layer, _), own in experts.items():
+            stacked = torch.stack([shard.tensor for shard in own])
+            moved = exchange(stacked, 0, orders[layer, "num_moe_experts"], chunk.pg_collection.ep)
+            for shard, tensor in zip(own, moved, strict=True):
+                shard.tensor.copy_(tensor)
 
 
 def _dealt(space: ElasticSpace, ranking: Ranking, axis: str, key: str) -> list:

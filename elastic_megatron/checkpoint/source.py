@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from ..errors import UserError
-from . import distributed, tracker
+from . import distributed, shards, tracker
 from .manifest import FILE, Manifest
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model to be read: its description, and how to fill a built ``HybridModel`` of ``manifest.shape``."""
+    """A model to be read: its description, and how to fill a built one of ``manifest.shape``.
+
+    ``fill`` takes this rank's pipeline chunks, bare, under any layout, and is collective.
+    """
 
     path: Path
     manifest: Manifest
-    fill: Callable[[nn.Module], object]
+    fill: Callable[[Sequence[nn.Module]], object]
     hf_files: Path | None
 
 
@@ -34,7 +37,7 @@ def open_source(path: Path) -> Source:
         return Source(
             folder,
             Manifest.read(folder / FILE),
-            lambda model: distributed.load(folder, model),
+            lambda chunks: distributed.load(folder, chunks),
             side if side.is_dir() else None,
         )
     if path.is_dir() and (path / "config.json").exists():
@@ -42,9 +45,8 @@ def open_source(path: Path) -> Source:
 
         directory = read_hf(path)
 
-        def fill(model: nn.Module) -> None:
-            missing = model.load_state_dict(dict(directory.tensors()), strict=False)
-            assert not missing.unexpected_keys, missing.unexpected_keys
+        def fill(chunks: Sequence[nn.Module]) -> None:
+            shards.fill(shards.by_name(chunks, directory.manifest.shape), directory.tensors())
 
         return Source(path, directory.manifest, fill, path)
     what = (

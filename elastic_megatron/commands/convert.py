@@ -54,8 +54,8 @@ def _import(args: argparse.Namespace) -> dict[str, Any] | None:
     source = open_source(args.source)
     runtime.start()
     model = build_model(source.manifest.shape)
-    source.fill(model)
-    distributed.save(args.destination, 0, model, source.manifest, hf_files=source.hf_files)
+    source.fill([model])
+    distributed.save(args.destination, 0, [model], source.manifest, hf_files=source.hf_files)
     return _done(args)
 
 
@@ -117,7 +117,7 @@ def export(
         raise UserError(f"{source} is not elastic; export it without --elastic")
     runtime.start()
     model = build_model(opened.manifest.shape)
-    opened.fill(model)
+    opened.fill([model])
     write_hf(
         destination,
         opened.manifest,

@@ -69,18 +69,18 @@ def evaluate_source(
         manifest.submodel(submodel)
     runtime.start()
     if not elastic:
-        model = build_model(manifest.shape)
-        opened.fill(model)
+        chunks = [build_model(manifest.shape)]
+        opened.fill(chunks)
         costs = {"parent": account(manifest.shape)}
-        results = evaluate(model, None, {}, token_windows)
+        results = evaluate(chunks, None, {}, token_windows)
     else:
         assert manifest.space is not None
         names = list(manifest.submodels) if submodel == "all" else [submodel]
         chosen = {n: manifest.submodel(n) for n in names}
-        model = build_elastic_model(manifest.space)
-        opened.fill(model)
+        chunks = [build_elastic_model(manifest.space)]
+        opened.fill(chunks)
         costs = {n: account(manifest.space, s) for n, s in chosen.items()}
-        results = evaluate(model, manifest.space, chosen, token_windows)
+        results = evaluate(chunks, manifest.space, chosen, token_windows)
     return {
         n: {**r, "total_params": costs[n].total_params, "active_params": costs[n].active_params}
         for n, r in results.items()

@@ -151,36 +151,66 @@ def _of_recipe(recipe: Recipe, context: int) -> Subject:
 def plan(subject: Subject) -> dict[str, Any]:
     """The object that ``--json`` prints: parameters, FLOPs of one token, bytes; seconds for latency."""
     from ..cost import account
-    from ..cost.layout import check_layout, memory_per_rank
 
-    shape, space, load = subject.manifest.shape, subject.space, subject.load
+    shape, space = subject.manifest.shape, subject.space
     parent = account(shape, context_length=subject.context).to_dict()
     submodels: dict[str, dict[str, Any]] = {
         name: account(space, spec, subject.context).to_dict() | {"widths": spec.to_dict()}
         for name, spec in subject.submodels.items()
         if space is not None
     }
-    problems = check_layout(shape, space, subject.parallel, subject.stages)
-    memory = memory_per_rank(
-        shape,
-        subject.parallel,
-        dtype=subject.dtype,
-        training=load.training,
-        seq_length=load.seq_length,
-        micro_batch_size=load.micro_batch_size,
-        teacher=load.teacher,
-        recompute=subject.parallel.recompute == "full",
-        distributed_optimizer=subject.parallel.distributed_optimizer,
-    )
     separate = {f: sum(s["weights_bytes"][f] for s in submodels.values()) for f in parent["weights_bytes"]}
+    layout = _layout(subject)
     return {
         "parent": parent,
         "submodels": submodels,
         "budgets": {b.name: _budget(subject, b) for b in subject.budgets},
         "family_bytes": {**parent["weights_bytes"], "separate": separate},
-        "layout": {"ok": not problems, "problems": problems},
-        "memory_per_rank": memory,
+        "layout": layout,
+        "memory_per_rank": _memory(subject) if layout["layers_per_stage"] else None,
     }
+
+
+def _layout(subject: Subject) -> dict[str, Any]:
+    """Problems of the layout; group -> ranks, of dense and of expert parameters (``data`` is null where the world
+    is unknown); layers of each pipeline stage, chunk by chunk, empty where there are too few."""
+    from ..cost.layout import check_layout, check_sequence
+    from ..cost.parallel import rank_grids
+    from ..space import stage_layers
+
+    shape, parallel = subject.manifest.shape, subject.parallel
+    problems = check_layout(shape, subject.space, parallel, subject.stages)
+    if not subject.stages:
+        problems += check_sequence(parallel, subject.load.name, subject.load.seq_length)
+    dense, experts = rank_grids(parallel)
+    parts = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    sizes = [len(part) for part in stage_layers(shape.num_layers, parts)] if parts <= shape.num_layers else []
+    return {
+        "ok": not problems,
+        "problems": problems,
+        "dense": dense,
+        "expert": experts if shape.layers_of("E") else {},
+        "layers_per_stage": [
+            sizes[stage :: parallel.pipeline] for stage in range(parallel.pipeline) if sizes
+        ],
+    }
+
+
+def _memory(subject: Subject) -> dict[str, int]:
+    from ..cost.layout import memory_per_rank
+
+    load, parallel = subject.load, subject.parallel
+    return memory_per_rank(
+        subject.manifest.shape,
+        parallel,
+        dtype=subject.dtype,
+        training=load.training,
+        seq_length=load.seq_length,
+        micro_batch_size=load.micro_batch_size,
+        teacher=load.teacher,
+        recompute=parallel.recompute == "full",
+        distributed_optimizer=parallel.distributed_optimizer,
+    )
 
 
 def _budget(subject: Subject, budget: Budget) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -33,8 +34,10 @@ def show(subject: Subject, plan: dict[str, Any]) -> None:
         console.print(_budget_table(plan))
         for line in _unreachable(plan):
             console.print(f"[yellow]{escape(line)}", highlight=False, soft_wrap=True)
-    console.print(_memory_table(subject, plan))
-    console.print(_layout_lines(plan), highlight=False, soft_wrap=True)
+    if plan["memory_per_rank"] is not None:
+        console.print(_memory_table(subject, plan))
+    for line in _layout_lines(plan["layout"]):
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _table(title: str, first: str, headings: list[str]) -> Table:
@@ -138,8 +141,16 @@ def _memory_table(subject: Subject, plan: dict[str, Any]) -> Table:
     return table
 
 
-def _layout_lines(plan: dict[str, Any]) -> str:
-    if plan["layout"]["ok"]:
-        return "[green]layout fits the model and every submodel"
-    problems = plan["layout"]["problems"]
-    return "\n".join(["[red]layout does not fit:", *(f"[red]- {escape(p)}" for p in problems)])
+def _layout_lines(layout: dict[str, Any]) -> Iterator[str]:
+    if layout["ok"]:
+        yield "[green]layout fits the model and every submodel"
+    else:
+        yield "[red]layout does not fit:"
+        yield from (f"[red]- {escape(problem)}" for problem in layout["problems"])
+    for name in ("dense", "expert"):
+        if layout[name]:
+            sizes = (f"{group} {'?' if n is None else f'{n:,}'}" for group, n in layout[name].items())
+            yield f"- ranks of {name} parameters: {' x '.join(sizes)}"
+    if len(layout["layers_per_stage"]) > 1:
+        stages = (" + ".join(map(str, chunks)) for chunks in layout["layers_per_stage"])
+        yield f"- layers per pipeline stage: {', '.join(stages)}"

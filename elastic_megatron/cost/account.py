@@ -30,24 +30,20 @@ class Cost:
 
 def total_params(model: ModelSizes) -> Number:
     """All parameters, the moe_router's correction bias included, as published counts do."""
-    blocks = sum(
-        g.total(
-            sum(
-                t.numel(g.sizes) * (g.sizes["num_moe_experts"] if t.per_expert else 1)
-                for t in tensors_of(g.symbol, g.sizes)
-            )
-        )
-        for g in model.groups
-    )
-    return blocks + sum(t.numel(model.ends()) for t in ends(model.parent.tie_embeddings))
+    return _params(model, "num_moe_experts")
 
 
 def active_params(model: ModelSizes) -> Number:
     """Parameters that one token meets: top-k routed experts instead of all; embedding and head count whole."""
+    return _params(model, "moe_router_topk")
+
+
+def _params(model: ModelSizes, experts: str) -> Number:
+    """Parameters of a model; an expert's count as often as the size named ``experts`` says."""
     blocks = sum(
         g.total(
             sum(
-                t.numel(g.sizes) * (g.sizes["moe_router_topk"] if t.per_expert else 1)
+                t.numel(g.sizes) * (g.sizes[experts] if t.per_expert else 1)
                 for t in tensors_of(g.symbol, g.sizes)
             )
         )

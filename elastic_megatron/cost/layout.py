@@ -9,7 +9,7 @@ from ..space import ElasticSpace, ParentShape
 from .parallel import Batch, Layout, size_of
 from .rank_memory import memory_per_rank
 
-__all__ = ["SHARDED_BY", "check_layout", "memory_per_rank"]
+__all__ = ["SHARDED_BY", "check_layout", "check_sequence", "memory_per_rank"]
 
 
 # axis -> the group over which its components are dealt to ranks
@@ -31,7 +31,8 @@ def check_layout(
     Widths are checked for every choice of ``space``, since each submodel is built or run under this layout,
     and lanes so that every rank holds an equal share of each. Empty where the layout fits. Rules are those of
     megatron-core 0.19: ``TransformerConfig``, ``MambaMixer``, ``MambaContextParallel``, ``MoELayer``,
-    ``VocabParallelEmbedding``, ``select_pipeline_segment``, ``initialize_model_parallel``.
+    ``VocabParallelEmbedding``, ``initialize_model_parallel``, the interleaved schedule. Pipelines may be uneven,
+    which Megatron's own split is not (``space.stage_layers``).
     """
     return [
         *_world(parallel),
@@ -153,29 +154,27 @@ def _pipeline(shape: ParentShape, parallel: Layout) -> Iterator[str]:
     layers, stages, chunks = shape.num_layers, parallel.pipeline, parallel.virtual_pipeline
     if chunks is not None and stages == 1:
         yield "parallel.virtual_pipeline needs parallel.pipeline above 1; remove it"
-        return
-    if chunks is not None and stages == 2:
-        yield (
-            "parallel.virtual_pipeline with parallel.pipeline=2 mismatches messages without an error, "
-            "since both neighbours are the same rank; use more stages or remove virtual_pipeline"
-        )
-    parts = stages * (chunks or 1)
-    if layers % parts:
+    elif (parts := stages * (chunks or 1)) > layers:
         what = f"parallel.pipeline={stages}" + (f" x virtual_pipeline={chunks}" if chunks else "")
-        yield f"{what} does not divide the {layers} layers; choose a product from {_divisors(layers)}"
+        product = f" = {parts}" if chunks else ""
+        yield f"{what}{product} is more than the {layers} layers; lower it to {layers} or less"
 
 
 def _batches(parallel: Layout, stages: Sequence[Batch]) -> Iterator[str]:
+    for stage in stages:
+        yield from check_sequence(parallel, f"stage {stage.name}", stage.seq_length)
+        yield from _micro_batches(parallel, stage)
+
+
+def check_sequence(parallel: Layout, what: str, seq_length: int) -> Iterator[str]:
     """Sequences are cut 2 x context ways (for balanced causal masks), then over tensor ranks."""
     context = parallel.context
     cut = lcm(2 * context if context > 1 else 1, context * parallel.tensor if parallel.sequence else 1)
-    for stage in stages:
-        if stage.seq_length % cut:
-            yield (
-                f"stage {stage.name}: seq_length={stage.seq_length} is not a multiple of {cut}, which "
-                "context and sequence parallelism cut it into; choose a multiple"
-            )
-        yield from _micro_batches(parallel, stage)
+    if seq_length % cut:
+        yield (
+            f"{what}: seq_length={seq_length} is not a multiple of {cut}, which context and sequence parallelism "
+            "cut it into; choose a multiple"
+        )
 
 
 def _micro_batches(parallel: Layout, stage: Batch) -> Iterator[str]:

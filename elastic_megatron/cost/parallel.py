@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import lcm, prod
 from typing import Protocol
 
 
@@ -44,3 +45,23 @@ def size_of(parallel: Layout, group: str) -> int:
     if group == "expert_tensor":
         return parallel.expert_tensor or parallel.tensor
     return getattr(parallel, group)
+
+
+def smallest_world(parallel: Layout) -> int:
+    """Ranks of the smallest job that this layout fits: whole model replicas and whole expert groups."""
+    replica = parallel.tensor * parallel.context
+    return parallel.pipeline * lcm(replica, size_of(parallel, "expert_tensor") * parallel.expert)
+
+
+def rank_grids(parallel: Layout) -> tuple[dict[str, int | None], dict[str, int | None]]:
+    """How dense and expert parameters lie on the ranks: group -> size, innermost ranks first.
+
+    The product of each grid is the world; ``data`` is None where the world is unknown.
+    """
+    grids = []
+    for groups in (("tensor", "context", "pipeline"), ("expert_tensor", "expert", "pipeline")):
+        sizes: dict[str, int | None] = {group: size_of(parallel, group) for group in groups}
+        world = parallel.world_size
+        sizes["data"] = world // prod(size_of(parallel, group) for group in groups) if world else None
+        grids.append(sizes)
+    return grids[0], grids[1]

@@ -10,16 +10,18 @@ for its backward pass hold, in numbers:
 - ``*``: n/T (2 queries + 2 keys) channels (q, k, v and the mix); scores are not kept (flash attention);
 - ``-``: 2 n/T ffn;
 - ``E``: 2 n/T shared, n' experts fp32 scores, and for n' topk X dispatched tokens, evenly routed,
-  2 hidden (before and after the experts) + 2 moe_ffn / X.
+  2 hidden (before and after the experts) + 2 moe_ffn / X;
+- a stage behind another: n' hidden of the teacher for each of its chunks, received beside the student's.
 
-The way of counting is that of arXiv 2205.05198. Left out: temporary buffers, communication, fragmentation
-(allow 10 to 20 %), the budget router (thousands of parameters) and the masks.
+The way of counting is that of arXiv 2205.05198. Left out: temporary buffers (in the distillation loss about as
+much as the logits), communication, fragmentation (allow 10 to 20 %), the budget router (thousands of
+parameters) and the masks.
 """
 
 from __future__ import annotations
 
-from ..space import ParentShape, ends, tensors_of
-from .parallel import Layout, size_of
+from ..space import ParentShape, ends, stage_layers, tensors_of
+from .parallel import Layout, size_of, smallest_world
 from .sizes import parent_fields
 
 _BYTES = {"fp32": 4, "bf16": 2}
@@ -71,7 +73,7 @@ def _stage(
         out["optimizer"] = adam * (dense / replicas[0] + routed / replicas[1])
     if teacher:
         out["teacher"] = out["weights"]
-    out["activations"] = _activations(shape, parallel, stage, size, training, tokens, recompute)
+    out["activations"] = _activations(shape, parallel, stage, size, training, tokens, teacher, recompute)
     if stage == parallel.pipeline - 1:
         out["activations"] += _logits(shape, parallel, size, training, tokens, teacher)
     rounded = {k: round(v) for k, v in out.items()}
@@ -80,17 +82,20 @@ def _stage(
 
 def _replicas(parallel: Layout) -> tuple[float, float]:
     """Ranks that hold the same dense parameters, and the same expert parameters."""
-    world = parallel.world_size or parallel.tensor * parallel.pipeline * parallel.context
+    world = parallel.world_size or smallest_world(parallel)
     dense = world / (parallel.tensor * parallel.pipeline)
     experts = world / (size_of(parallel, "expert_tensor") * parallel.expert * parallel.pipeline)
-    return max(dense, 1.0), max(experts, 1.0)
+    return dense, experts
 
 
-def layers_of_stage(shape: ParentShape, parallel: Layout, stage: int) -> str:
-    """Layer symbols of a pipeline stage: its chunks where the pipeline is interleaved, together."""
-    parts, pattern = parallel.pipeline * (parallel.virtual_pipeline or 1), shape.hybrid_layer_pattern
-    cuts = [round(i * len(pattern) / parts) for i in range(parts + 1)]
-    return "".join(pattern[cuts[i] : cuts[i + 1]] for i in range(stage, parts, parallel.pipeline))
+def chunks_of_stage(shape: ParentShape, parallel: Layout, stage: int) -> list[str]:
+    """Layer symbols of each chunk of a pipeline stage; one chunk unless the pipeline is interleaved.
+
+    Raises ``ValueError`` if there are more chunks than layers.
+    """
+    parts = stage_layers(shape.num_layers, parallel.pipeline * (parallel.virtual_pipeline or 1))
+    pattern = shape.hybrid_layer_pattern
+    return [pattern[part.start : part.stop] for part in parts[stage :: parallel.pipeline]]
 
 
 def params_per_rank(shape: ParentShape, parallel: Layout, stage: int) -> tuple[float, float]:
@@ -100,7 +105,7 @@ def params_per_rank(shape: ParentShape, parallel: Layout, stage: int) -> tuple[f
     """
     fields, tensor, dense, routed = parent_fields(shape), parallel.tensor, 0.0, 0.0
     local_experts = shape.num_moe_experts / parallel.expert / size_of(parallel, "expert_tensor")
-    for symbol in layers_of_stage(shape, parallel, stage):
+    for symbol in "".join(chunks_of_stage(shape, parallel, stage)):
         for t in tensors_of(symbol, fields):
             if t.per_expert:
                 routed += t.numel(fields) * local_experts
@@ -121,21 +126,33 @@ def params_per_rank(shape: ParentShape, parallel: Layout, stage: int) -> tuple[f
 
 
 def _activations(
-    shape: ParentShape, parallel: Layout, stage: int, size: int, training: bool, tokens: int, recompute: bool
-) -> float:
-    layers = [_layer_bytes(shape, parallel, s, size, tokens) for s in layers_of_stage(shape, parallel, stage)]
+    shape: ParentShape, parallel: Layout, stage: int, size: int, training: bool, tokens: int, teacher: bool,
+    recompute: bool,
+) -> float:  # fmt: skip
+    chunks = chunks_of_stage(shape, parallel, stage)
+    layers = [_layer_bytes(shape, parallel, s, size, tokens) for s in "".join(chunks)]
     if not training:
-        return max(layers, default=0.0)
+        return max(layers)
     kept = sum(layers)
     entry = _residual_tokens(parallel, tokens) * shape.hidden_size * size
     if recompute:
         kept = entry * len(layers)
-    in_flight: float = parallel.pipeline - stage
-    if parallel.virtual_pipeline and parallel.pipeline > 1:
-        # 1F1B interleaved keeps 1 + (p - 1) / (p v) times the activations of the whole warm-up
-        in_flight *= 1 + (parallel.pipeline - 1) / (parallel.pipeline * parallel.virtual_pipeline)
-    embedded = entry if stage == 0 else 0.0
-    return in_flight * (kept + embedded) + (max(layers, default=0.0) if recompute else 0.0)
+    kept += entry * (stage == 0)
+    # the teacher's hidden states arrive in one message with the student's, which is kept whole
+    kept += entry * teacher * (len(chunks) - (stage == 0))
+    return _in_flight(parallel, stage) * kept + (max(layers) if recompute else 0.0)
+
+
+def _in_flight(parallel: Layout, stage: int) -> float:
+    """Micro-batches whose activations a stage keeps at once, given enough of them (1F1B, Megatron's schedules).
+
+    An interleaved stage warms up with 2 (p - 1 - stage) + (v - 1) p chunks and adds one; a chunk is 1 / v of
+    what the stage keeps.
+    """
+    stages, chunks = parallel.pipeline, parallel.virtual_pipeline
+    if chunks is None:
+        return stages - stage
+    return (2 * (stages - 1 - stage) + (chunks - 1) * stages + 1) / chunks
 
 
 def _residual_tokens(parallel: Layout, tokens: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from itertools import islice
 from typing import Any
@@ -12,21 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..blocks import forward_only
+from ..blocks.passes import Batch
 from ..errors import UserError
 from ..space import AXIS_NAMES, ParentShape
-from .depth import Batch, depth_ranking
+from .depth import depth_ranking, runs
 from .ranking import Ranking, order_of
 from .sites import watching
-from .sums import Reduce, Sums, scores_of
-
-
-def identity(x: Tensor) -> Tensor:
-    """The reduction of a single rank."""
-    return x
+from .sums import Sums, scores_of
 
 
 def collect(
-    model: nn.Module,
+    chunks: Sequence[Any],
     parent: ParentShape,
     batches: Iterable[Batch],
     *,
@@ -34,55 +31,52 @@ def collect(
     head_dim_kept: int | None = None,
     depth_batches: int = 1,
     depth_iterative: bool = True,
-    reduce: Reduce = identity,
 ) -> Ranking:
-    """Score every component of ``axes`` in one forward pass per batch, and order them.
+    """Score every component of ``axes`` in one forward pass per batch, and order them; collective.
+
+    The data set is what the data-parallel ranks hold, one rank's batches after the other's; of one data set
+    every parallel layout makes the same ranking, on every rank.
 
     Args:
-        model: a ``HybridModel``, stock or elastic (outside ``running``), whole on this rank, perhaps wrapped.
-        parent: its shape.
-        batches: ``tokens`` [batch, sequence] int64, optionally ``position_ids`` and ``attention_mask``. Every
-            token counts: batches must not be padded.
+        chunks: this rank's pipeline chunks of a ``HybridModel``, bare, stock or elastic (outside ``running``).
+        parent: the whole model's shape.
+        batches: of this data-parallel rank; ``tokens`` [batch, sequence] int64, whole sequences. Every token
+            counts: batches must not be padded. All data-parallel ranks have batches of the same shapes.
         axes: which axes to rank.
         head_dim_kept: channels over which Mamba heads are scored (``mamba_head_score``).
-        depth_batches: how many of the first batches rank ``num_layers``.
+        depth_batches: how many of the data set's first batches rank ``num_layers``.
         depth_iterative: see ``depth_ranking``.
-        reduce: sums a tensor over the ranks that saw other tokens; applied to raw sums and counts only, in
-            the same order on every rank.
 
     Raises:
-        UserError: an axis that the model lacks, a model that is sharded, no data, activations that are not
-            finite, or a fused kernel that hides them.
+        UserError: an axis that the model lacks, no data, activations that are not finite, a fused kernel that
+            hides them, a virtual pipeline, or experts that get every token from several tensor-parallel ranks.
     """
-    _check(model, parent, axes)
+    _check(chunks, parent, axes)
     widths = tuple(a for a in AXIS_NAMES if a in axes and a != "num_layers")
     depth = "num_layers" in axes
-    device = next(model.parameters()).device
-    decoder, sums, data = _decoder(model), Sums(parent, widths, device), _Data(device)
+    device, groups = next(chunks[0].parameters()).device, chunks[0].pg_collection
+    # of the ranks that have the same batches, and without widths of those that read more than depth needs
+    counted = not any(g.rank() for g in (groups.tp, groups.pp, groups.cp, *(() if widths else (groups.dp,))))
+    sums, data = Sums(parent, widths, device), _Data(device, counted)
     first: list[Batch] = []
-
-    def logits(batch: Batch) -> Tensor:
-        tokens = batch["tokens"]
-        positions = batch.get("position_ids")
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return model(tokens, positions, batch.get("attention_mask"))
-
-    with torch.no_grad(), _evaluating(model):
-        with watching(decoder, parent, widths, sums):
-            for batch in batches if widths else islice(batches, depth_batches):
-                data.add(batch["tokens"])
-                if depth and len(first) < depth_batches:
-                    first.append(batch)
+    with torch.no_grad(), _evaluating(chunks):
+        with ExitStack() as stack:
+            for chunk in chunks:
+                stack.enter_context(watching(chunk, parent, widths, sums))
+            for run in runs(batches if widths else islice(batches, depth_batches), 4 * groups.pp.size()):
+                for batch in run:
+                    data.add(batch["tokens"])
+                first += run[: depth_batches - len(first)]
                 if widths:
-                    logits(batch)
-        count, digest = data.finish(reduce)
-        raw = {key: value.cpu() for key, value in sums.reduced(reduce).items()}
+                    forward_only(chunks, run, lambda *_: None)
+        count, digest = data.finish()
+        raw = sums.totals()
         scores = scores_of(raw, parent, widths, head_dim_kept)
         orders = {key: order_of(score, parent.groups(_axis(key))) for key, score in scores.items()}
         if depth:
+            shared, mine = _shared(first, groups.dp)
             scores["num_layers"], order = depth_ranking(
-                logits, decoder, first, iterative=depth_iterative, reduce=reduce
+                chunks, shared, layers=parent.num_layers, iterative=depth_iterative, counted=mine
             )
             orders["num_layers"] = torch.tensor(order)
     _check_finite(scores)
@@ -94,39 +88,51 @@ def collect(
     return Ranking(scores, orders, tokens, parent.hybrid_layer_pattern, count, digest, _versions())
 
 
+def _shared(batches: Sequence[Batch], group: Any) -> tuple[list[Batch], bool]:
+    """The first data-parallel rank's batches divided among all of them, and whether this rank's count.
+
+    Where the rows do not divide every rank runs all, because experts may need it to, and only the first counts.
+    """
+    whole = [batch["tokens"].clone() for batch in batches]
+    for tokens in whole:
+        torch.distributed.broadcast(tokens, group=group, group_src=0)
+    size, rank = group.size(), group.rank()
+    if any(len(tokens) % size for tokens in whole):
+        return [{"tokens": tokens} for tokens in whole], rank == 0
+    return [{"tokens": tokens.chunk(size)[rank]} for tokens in whole], True
+
+
 class _Data:
     """Counts and fingerprints tokens; both add up over batches and ranks, in any order of the sequences."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.count = torch.zeros(1, dtype=torch.int64, device=device)
-        self.words = torch.zeros(8, dtype=torch.int64, device=device)
+    def __init__(self, device: torch.device, counted: bool) -> None:
+        self.counted = counted
+        # [number of tokens, digest of 8 words]
+        self.sums = torch.zeros(9, dtype=torch.int64, device=device)
 
     def add(self, tokens: Tensor) -> None:
-        self.count += tokens.numel()
+        if not self.counted:
+            return
+        self.sums[0] += tokens.numel()
         for row in tokens.to("cpu", torch.int64).numpy():
             words = torch.frombuffer(bytearray(hashlib.sha256(row.tobytes()).digest()), dtype=torch.int32)
-            self.words += words.to(self.words)
+            self.sums[1:] += words.to(self.sums)
 
-    def finish(self, reduce: Reduce) -> tuple[int, str]:
-        """Number of tokens, and the digest. Raises ``UserError`` where there was no data."""
-        count = int(reduce(self.count))
+    def finish(self) -> tuple[int, str]:
+        """Number of tokens, and the digest; collective. Raises ``UserError`` where there was no data."""
+        torch.distributed.all_reduce(self.sums)
+        count, words = self.sums.cpu().split([1, 8])
         if not count:
             raise UserError("no calibration data: the data set is empty; set rank.samples and check data")
-        words = reduce(self.words).cpu().numpy()
-        return count, hashlib.sha256(words.tobytes()).hexdigest()
-
-
-def _decoder(model: Any) -> Any:
-    while hasattr(model, "module"):
-        model = model.module
-    return model.decoder
+        return int(count), hashlib.sha256(words.numpy().tobytes()).hexdigest()
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(chunks: Sequence[nn.Module]) -> Iterator[None]:
     """No dropout, no auxiliary losses, no bias updates; afterwards every module is as before."""
-    before = {m: m.training for m in model.modules()}
-    model.eval()
+    before = {m: m.training for chunk in chunks for m in chunk.modules()}
+    for chunk in chunks:
+        chunk.eval()
     try:
         yield
     finally:
@@ -138,21 +144,23 @@ def _axis(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _check(model: nn.Module, parent: ParentShape, axes: Sequence[str]) -> None:
+def _check(chunks: Sequence[Any], parent: ParentShape, axes: Sequence[str]) -> None:
     for a in axes:
         if a not in AXIS_NAMES:
             raise UserError(f"cannot rank {a!r}; known axes: {', '.join(AXIS_NAMES)}")
         if not parent.size(a):
             raise UserError(f"cannot rank {a}: {parent.hybrid_layer_pattern!r} has no such layer")
-    config = _decoder(model).config
-    sharded = {
-        "tensor": config.tensor_model_parallel_size,
-        "expert": config.expert_model_parallel_size,
-        "pipeline": config.pipeline_model_parallel_size,
-        "context": config.context_parallel_size,
-    }
-    if wrong := [f"parallel.{k}={v}" for k, v in sharded.items() if v > 1]:
-        raise UserError(f"ranking needs the whole model on every rank, but {wrong[0]}; set it to 1")
+    if len(chunks) > 1:
+        raise UserError(
+            "ranking runs whole pipeline stages, but parallel.virtual_pipeline cuts them; rank the parent in a job "
+            "without it first"
+        )
+    tensor, sequence = chunks[0].config.tensor_model_parallel_size, chunks[0].config.sequence_parallel
+    if parent.num_moe_experts and tensor > 1 and not sequence:
+        raise UserError(
+            f"parallel.tensor={tensor} without parallel.sequence sends every token to the experts {tensor} times; "
+            "set parallel.sequence: true"
+        )
 
 
 def _check_finite(scores: Mapping[str, Tensor]) -> None:

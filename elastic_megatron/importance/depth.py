@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..blocks import forward_only
+from ..blocks.passes import Batch
 from .scores import wide
-from .sums import Reduce
 
-Batch = Mapping[str, Any]
 _ROWS = 1024
 
 
@@ -28,16 +28,33 @@ class _Skipped(nn.Module):
 
 
 @contextmanager
-def without(decoder: Any, layers: Sequence[int]) -> Iterator[None]:
-    """Forward passes inside this context skip ``layers`` and spend no time on them."""
-    kept = {j: decoder.layers[j] for j in layers}
-    for j, layer in kept.items():
-        decoder.layers[j] = _Skipped(layer.layer_number)
+def without(chunks: Sequence[Any], layers: Sequence[int]) -> Iterator[None]:
+    """Forward passes inside this context skip ``layers`` of the whole model and spend no time on them."""
+    kept = [
+        (chunk.decoder.layers, j, layer)
+        for chunk in chunks
+        for j, layer in enumerate(chunk.decoder.layers)
+        if layer.layer_number - 1 in layers
+    ]
+    for place, j, layer in kept:
+        place[j] = _Skipped(layer.layer_number)
     try:
         yield
     finally:
-        for j, layer in kept.items():
-            decoder.layers[j] = layer
+        for place, j, layer in kept:
+            place[j] = layer
+
+
+def runs(batches: Iterable[Batch], length: int) -> Iterator[list[Batch]]:
+    """Consecutive batches of one shape, at most ``length`` at a time."""
+    run: list[Batch] = []
+    for batch in batches:
+        if run and (len(run) == length or batch["tokens"].shape != run[0]["tokens"].shape):
+            yield run
+            run = []
+        run.append(batch)
+    if run:
+        yield run
 
 
 def squared_error(reference: Tensor, other: Tensor) -> Tensor:
@@ -52,12 +69,7 @@ def squared_error(reference: Tensor, other: Tensor) -> Tensor:
 
 
 def depth_ranking(
-    logits: Callable[[Batch], Tensor],
-    decoder: Any,
-    batches: Sequence[Batch],
-    *,
-    iterative: bool,
-    reduce: Reduce,
+    chunks: Sequence[Any], batches: Sequence[Batch], *, layers: int, iterative: bool, counted: bool
 ) -> tuple[Tensor, list[int]]:
     """nMSE of the logits without each layer, and the layers by decreasing importance (arXiv 2511.16664).
 
@@ -67,21 +79,22 @@ def depth_ranking(
     order of dropping. Otherwise every layer is left out alone, L forward passes a batch.
 
     Args:
-        logits: the forward pass of the model that owns ``decoder``.
-        reduce: sums the [candidates, 2] squared errors over ranks; every rank must get the same numbers.
+        chunks: this rank's pipeline chunks, bare.
+        batches: as ``forward_only`` takes them.
+        layers: of the whole model.
+        counted: whether the errors of these batches count; false where another rank has the same ones.
 
     Returns:
-        Scores [layers] float64 on the CPU, and the order.
+        Scores [layers] float64 on the CPU, and the order; the same on every rank.
     """
-    count = len(decoder.layers)
-    scores = torch.zeros(count, dtype=torch.float64)
+    scores = torch.zeros(layers, dtype=torch.float64)
     if not iterative:
-        scores[:] = _errors(logits, decoder, batches, list(range(count)), [], reduce)
+        scores[:] = _errors(chunks, batches, list(range(layers)), [], counted)
         return scores, scores.sort(descending=True, stable=True).indices.tolist()
     dropped: list[int] = []
-    while len(dropped) < count:
-        candidates = [j for j in range(count) if j not in dropped]
-        errors = _errors(logits, decoder, batches, candidates, dropped, reduce)
+    while len(dropped) < layers:
+        candidates = [j for j in range(layers) if j not in dropped]
+        errors = _errors(chunks, batches, candidates, dropped, counted)
         # of equally unimportant layers the last goes first, so that ties end up ordered by index
         best = len(candidates) - 1 - int(errors.flip(0).argmin())
         scores[candidates[best]] = errors[best]
@@ -90,22 +103,31 @@ def depth_ranking(
 
 
 def _errors(
-    logits: Callable[[Batch], Tensor],
-    decoder: Any,
+    chunks: Sequence[Any],
     batches: Sequence[Batch],
     candidates: Sequence[int],
     dropped: Sequence[int],
-    reduce: Reduce,
+    counted: bool,
 ) -> Tensor:
-    """[candidates] float64 on the CPU: nMSE without ``dropped`` and each candidate."""
-    sums: Tensor | None = None
-    for batch in batches:
-        full = logits(batch)
-        rows = []
-        for j in candidates:
-            with without(decoder, [*dropped, j]):
-                rows.append(squared_error(full, logits(batch)))
-        sums = torch.stack(rows) if sums is None else sums + torch.stack(rows)
-    assert sums is not None, "depth needs a batch"
-    total = reduce(sums).cpu()
-    return total[:, 0] / total[:, 1]
+    """[candidates] float64 on the CPU: nMSE without ``dropped`` and each candidate, over all ranks."""
+    device = next(chunks[0].parameters()).device
+    sums = torch.zeros(len(candidates), 2, dtype=torch.float64, device=device)
+    # as many batches at once as fill the pipeline: their full logits are kept
+    for run in runs(batches, chunks[0].pg_collection.pp.size()):
+        full = forward_only(chunks, run, lambda _, logits: logits)
+        for row, j in enumerate(candidates):
+            with without(chunks, [*dropped, j]):
+                sums[row] += _difference(chunks, run, full)
+    if not counted:
+        sums.zero_()
+    torch.distributed.all_reduce(sums)
+    sums = sums.cpu()
+    return sums[:, 0] / sums[:, 1]
+
+
+def _difference(chunks: Sequence[Any], batches: Sequence[Batch], full: Sequence[Tensor]) -> Tensor:
+    """[2] float64: ``squared_error`` of the batches' logits, those of the whole model being ``full``."""
+    total = torch.zeros(2, dtype=torch.float64, device=next(chunks[0].parameters()).device)
+    reference = iter(full)
+    forward_only(chunks, batches, lambda _, logits: total.add_(squared_error(next(reference), logits)))
+    return total

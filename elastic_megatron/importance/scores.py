@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..space import ParentShape
+
 
 def wide(x: Tensor) -> Tensor:
     """``x`` in fp32, or in its own type where that is wider."""
@@ -44,37 +46,31 @@ def mamba_channels(zxbcdt: Tensor, heads: int, head_dim: int) -> Tensor:
     return square_sum(zxbcdt[..., inner : 2 * inner]).view(heads, head_dim)
 
 
-def mamba_states(zxbcdt: Tensor, conv: tuple[Tensor, Tensor | None], sizes: tuple[int, int, int]) -> Tensor:
+def mamba_states(bc: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
     """[2, groups, states] float64: squares of B and of C after convolution and SiLU, summed over tokens.
 
     Args:
-        zxbcdt: output of ``in_proj`` over whole sequences, [sequence, batch, z | x | B | C | dt].
-        conv: weight [x | B | C, 1, taps] and bias [x | B | C] of the causal convolution.
-        sizes: (inner width of x, groups, states).
+        bc: the columns [B | C] of ``in_proj``'s output over whole sequences, [sequence, batch, 2 groups states].
+        weight: [2 groups states, 1, taps], those channels of the causal convolution.
+        bias: [2 groups states].
     """
-    inner, groups, states = sizes
-    width = 2 * groups * states
-    bc = zxbcdt[..., 2 * inner : 2 * inner + width]
-    weight, bias = conv[0][inner:, 0], conv[1]
     taps = weight.shape[-1]
     # a depthwise convolution over few channels is bandwidth-bound: shifted sums beat the library's kernel
-    out = bc * weight[:, -1].to(bc.dtype)
+    out = bc * weight[:, 0, -1].to(bc.dtype)
     for back in range(1, min(taps, bc.shape[0])):
-        out[back:] += bc[:-back] * weight[:, -1 - back].to(bc.dtype)
-    if bias is not None:
-        out += bias[inner:].to(bc.dtype)
-    return square_sum(torch.nn.functional.silu(out)).view(2, groups, states)
+        out[back:] += bc[:-back] * weight[:, 0, -1 - back].to(bc.dtype)
+    out += bias.to(bc.dtype)
+    return square_sum(torch.nn.functional.silu(out)).view(2, groups, -1)
 
 
-def query_heads(qkv: Tensor, groups: int, heads: int, head_dim: int) -> Tensor:
-    """[heads] float64: squares of each head's query, summed over tokens and channels.
+def query_head_score(squares: Tensor, parent: ParentShape) -> Tensor:
+    """[rows of ``linear_qkv``] -> [heads]: norm of each head's query over tokens and channels.
 
-    Args:
-        qkv: output of ``linear_qkv``, for each KV group its query heads, its key, its value.
+    The rows are, for each KV group, its query heads, its key, its value.
     """
-    per_group = heads // groups
-    squares = square_sum(qkv).view(groups, per_group + 2, head_dim)
-    return squares[:, :per_group].sum(-1).flatten()
+    per_group = parent.num_attention_heads // parent.num_query_groups
+    rows = squares.view(parent.num_query_groups, per_group + 2, parent.kv_channels)
+    return rows[:, :per_group].sum(-1).flatten().sqrt()
 
 
 def head_dim_score(squares: Tensor) -> Tensor:

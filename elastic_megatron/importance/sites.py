@@ -1,31 +1,58 @@
-"""Where the activations are: hooks on the modules of a Megatron ``HybridModel``."""
+"""Where the activations are: hooks on the modules of a Megatron ``HybridModel``, and whose they are.
+
+Tensor- and expert-parallel ranks see their own heads, channels and experts, data- and context-parallel ranks
+their own tokens, and a pipeline stage its own layers: these all add, each at its own place. What several ranks
+compute alike is added by the first of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..ops.parallel import zigzag_order
 from ..space import BLOCKS, ParentShape, axis
 from .reap import expert_sums
-from .scores import abs_sum, mamba_channels, mamba_states, query_heads, rms_norm
-from .sums import Sums
+from .scores import abs_sum, mamba_channels, mamba_states, rms_norm, square_sum, wide
+from .sums import Sums, Where
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 Watch = Callable[[nn.Module, tuple[Any, ...], Any], None]
+Site = tuple[nn.Module, Watch]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer to watch: its module, the elastic axes it owns, and where its sums lie."""
+
+    module: Any
+    prefix: str
+    axes: frozenset[str]
+    parent: ParentShape
+    sums: Sums
+    groups: ProcessGroupCollection
+
+    def add(self, key: str, value: Tensor, where: Where = ()) -> None:
+        self.sums.add(self.prefix + key, value, where)
 
 
 @contextmanager
-def watching(decoder: Any, parent: ParentShape, axes: Collection[str], sums: Sums) -> Iterator[None]:
-    """Forward passes of ``decoder`` inside this context add to ``sums``.
+def watching(model: Any, parent: ParentShape, axes: Collection[str], sums: Sums) -> Iterator[None]:
+    """Forward passes of ``model``, a bare pipeline chunk, inside this context add to ``sums``.
 
     Hooks see module outputs only and change none, so the model computes what it computes without them.
     Raises ``UserError`` where a fused kernel hides the activations of a layer.
     """
     handles = [
-        module.register_forward_hook(hook) for module, hook in _sites(decoder, parent, frozenset(axes), sums)
+        module.register_forward_hook(hook) for module, hook in _sites(model, parent, frozenset(axes), sums)
     ]
     try:
         yield
@@ -34,16 +61,25 @@ def watching(decoder: Any, parent: ParentShape, axes: Collection[str], sums: Sum
             handle.remove()
 
 
-def _sites(
-    decoder: Any, parent: ParentShape, axes: frozenset[str], sums: Sums
-) -> Iterator[tuple[nn.Module, Watch]]:
-    if "hidden_size" in axes:
+def _sites(model: Any, parent: ParentShape, axes: frozenset[str], sums: Sums) -> Iterator[Site]:
+    decoder, groups = model.decoder, model.pg_collection
+    # the residual stream is the same on all tensor ranks unless they share the sequence
+    own_stream = decoder.config.sequence_parallel or groups.tp.rank() == 0
+    if "hidden_size" in axes and own_stream and decoder.post_process:
         yield decoder.final_norm, _norm_output(sums)
-    for i, (layer, symbol) in enumerate(zip(decoder.layers, parent.hybrid_layer_pattern, strict=True)):
-        if "hidden_size" in axes:
-            yield _input_norm(layer, symbol, sums)
+    for module in decoder.layers:
+        number = module.layer_number - 1
+        symbol = parent.hybrid_layer_pattern[number]
+        if "hidden_size" in axes and own_stream:
+            yield _input_norm(module, symbol, sums)
         own = frozenset(a for a in axes if axis(a).symbol == symbol)
-        yield from _LAYER_SITES[symbol](layer, f"layers.{i}.", own, parent, sums)
+        yield from _LAYER_SITES[symbol](_Layer(module, f"layers.{number}.", own, parent, sums, groups))
+
+
+def _share(group: Any, size: int) -> slice:
+    """This rank's part of ``size`` components that the ranks of a group share."""
+    own = size // group.size()
+    return slice(group.rank() * own, (group.rank() + 1) * own)
 
 
 def _first(output: Any) -> Tensor:
@@ -75,92 +111,120 @@ def _input_norm(layer: Any, symbol: str, sums: Sums) -> tuple[nn.Module, Watch]:
     return module, fused
 
 
-def _abs_output(sums: Sums, key: str, index: int | None = None) -> Watch:
+def _abs_output(layer: _Layer, key: str, where: Where) -> Watch:
     def watch(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        sums.add(key, abs_sum(_first(output)), index)
+        layer.add(key, abs_sum(_first(output)), where)
 
     return watch
 
 
-def _mamba(
-    layer: Any, prefix: str, axes: frozenset[str], parent: ParentShape, sums: Sums
-) -> Iterator[tuple[nn.Module, Watch]]:
-    heads, head_dim = parent.mamba_num_heads, parent.mamba_head_dim
-    sizes = (heads * head_dim, parent.mamba_num_groups, parent.mamba_state_dim)
-    mixer = layer.mixer
+def _mamba(layer: _Layer) -> Iterator[Site]:
+    parent, tp, mixer = layer.parent, layer.groups.tp, layer.module.mixer
+    heads, groups = _share(tp, parent.mamba_num_heads), _share(tp, parent.mamba_num_groups)
+    local_heads, local_groups = heads.stop - heads.start, groups.stop - groups.start
+    inner, width = local_heads * parent.mamba_head_dim, 2 * local_groups * parent.mamba_state_dim
 
     def channels(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        sums.add(prefix + "mamba_channels", mamba_channels(_first(output), heads, head_dim))
+        squares = mamba_channels(_first(output), local_heads, parent.mamba_head_dim)
+        layer.add("mamba_channels", squares, (heads,))
 
     def states(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        conv = mixer.cp.get_conv1d_weight(), mixer.cp.get_conv1d_bias()
-        sums.add(prefix + "mamba_states", mamba_states(_first(output), conv, sizes))
+        bc = _whole_sequence(_first(output)[..., 2 * inner : 2 * inner + width], layer.groups.cp)
+        if layer.groups.cp.rank() == 0:
+            conv = mixer.conv1d_weight[inner:], mixer.conv1d_bias[inner:]
+            squares = mamba_states(bc, *conv, local_groups)
+            layer.add("mamba_states", squares, (slice(None), groups))
 
-    if axes & {"mamba_num_heads", "mamba_head_dim"}:
+    if layer.axes & {"mamba_num_heads", "mamba_head_dim"}:
         yield mixer.in_proj, channels
-    if "mamba_state_dim" in axes:
+    if "mamba_state_dim" in layer.axes:
         yield mixer.in_proj, states
 
 
-def _attention(
-    layer: Any, prefix: str, axes: frozenset[str], parent: ParentShape, sums: Sums
-) -> Iterator[tuple[nn.Module, Watch]]:
-    sizes = (parent.num_query_groups, parent.num_attention_heads, parent.kv_channels)
+def _whole_sequence(x: Tensor, group: Any) -> Tensor:
+    """[sequence, ...] from the parts that context-parallel ranks hold of it, on each of them."""
+    if group.size() == 1:
+        return x
+    parts = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+    torch.distributed.all_gather_into_tensor(parts, x.contiguous(), group=group)
+    whole = torch.empty_like(parts)
+    whole[zigzag_order(len(parts), group.size()).to(x.device)] = parts
+    return whole
+
+
+def _attention(layer: _Layer) -> Iterator[Site]:
+    # a tensor rank's rows are whole heads only where there are at least as many KV groups as ranks
+    rows = (layer.parent.num_attention_heads + 2 * layer.parent.num_query_groups) * layer.parent.kv_channels
+    own = _share(layer.groups.tp, rows)
 
     def queries(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        sums.add(prefix + "query_heads", query_heads(_first(output), *sizes))
+        layer.add("qkv_rows", square_sum(_first(output)), (own,))
 
-    if "num_attention_heads" in axes:
-        yield layer.self_attention.linear_qkv, queries
-
-
-def _dense(
-    layer: Any, prefix: str, axes: frozenset[str], _: ParentShape, sums: Sums
-) -> Iterator[tuple[nn.Module, Watch]]:
-    if "ffn_hidden_size" in axes:
-        _refuse_fused(layer.mlp)
-        yield layer.mlp.linear_fc1, _abs_output(sums, prefix + "ffn_hidden_size")
+    if "num_attention_heads" in layer.axes:
+        yield layer.module.self_attention.linear_qkv, queries
 
 
-def _experts(
-    layer: Any, prefix: str, axes: frozenset[str], _: ParentShape, sums: Sums
-) -> Iterator[tuple[nn.Module, Watch]]:
-    experts, shared = layer.mlp.experts, "moe_shared_expert_intermediate_size"
+def _dense(layer: _Layer) -> Iterator[Site]:
+    if "ffn_hidden_size" in layer.axes:
+        yield _first_projection(layer, layer.module.mlp, "ffn_hidden_size")
+
+
+def _experts(layer: _Layer) -> Iterator[Site]:
+    mlp, shared = layer.module.mlp, "moe_shared_expert_intermediate_size"
+    own = _share(layer.groups.ep, layer.parent.num_moe_experts)
 
     def outputs(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         tokens = args[1]
-        sums.add(prefix + "expert_outputs", expert_sums(_first(output), tokens))
-        sums.add(prefix + "expert_tokens", tokens.to(output[0].device).double())
+        weighted = _summed(_first(output), layer.groups.expt_tp)
+        if layer.groups.expt_tp.rank() == 0:
+            layer.add("expert_outputs", expert_sums(weighted, tokens), (own,))
+            layer.add("expert_tokens", tokens.to(weighted.device).double(), (own,))
 
-    if "num_moe_experts" in axes:
-        if layer.config.moe_apply_probs_on_input:
+    if "num_moe_experts" in layer.axes:
+        if layer.module.config.moe_apply_probs_on_input:
             raise UserError(
                 "moe_apply_probs_on_input weights what an expert reads, not what it writes, so experts cannot "
                 "be ranked; unset it in the model's config"
             )
-        yield experts, outputs
-    if "moe_ffn_hidden_size" in axes:
-        yield from _expert_channels(experts, prefix + "moe_ffn_hidden_size", sums)
-    if shared in axes:
-        _refuse_fused(layer.mlp.shared_experts)
-        yield layer.mlp.shared_experts.linear_fc1, _abs_output(sums, prefix + shared)
+        yield mlp.experts, outputs
+    if "moe_ffn_hidden_size" in layer.axes:
+        yield from _expert_channels(layer, mlp.experts, own.start)
+    if shared in layer.axes:
+        yield _first_projection(layer, mlp.shared_experts, shared)
 
 
-def _expert_channels(experts: Any, key: str, sums: Sums) -> Iterator[tuple[nn.Module, Watch]]:
+def _summed(x: Tensor, group: Any) -> Tensor:
+    """The sum of the ranks' ``x``: with expert tensor parallelism each holds a part of every output."""
+    if group.size() == 1:
+        return x
+    total = wide(x).clone()
+    torch.distributed.all_reduce(total, group=group)
+    return total
+
+
+def _expert_channels(layer: _Layer, experts: Any, first: int) -> Iterator[Site]:
     """First projections of the routed experts: one module each, or one grouped GEMM for all."""
+    key = "moe_ffn_hidden_size"
+    own = _share(layer.groups.expt_tp, layer.parent.moe_ffn_hidden_size)
     if hasattr(experts, "local_experts"):
         for e, expert in enumerate(experts.local_experts):
             _refuse_fused(expert)
-            yield expert.linear_fc1, _abs_output(sums, key, e)
+            yield expert.linear_fc1, _abs_output(layer, key, (first + e, own))
         return
     _refuse_fused(experts)
 
     def grouped(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         splits = [int(n) for n in args[1]]
         for e, rows in enumerate(_first(output).split(splits)):
-            sums.add(key, abs_sum(rows), e)
+            layer.add(key, abs_sum(rows), (first + e, own))
 
     yield experts.linear_fc1, grouped
+
+
+def _first_projection(layer: _Layer, mlp: Any, key: str) -> Site:
+    _refuse_fused(mlp)
+    own = _share(layer.groups.tp, layer.parent.size(key))
+    return mlp.linear_fc1, _abs_output(layer, key, (own,))
 
 
 def _refuse_fused(mlp: nn.Module) -> None:

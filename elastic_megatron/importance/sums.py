@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
+from math import prod
 
 import torch
 from torch import Tensor
 
 from ..space import ParentShape, axis
 from .reap import reap_score
-from .scores import head_dim_score, mamba_head_score, state_score
+from .scores import head_dim_score, mamba_head_score, query_head_score, state_score
 
-Reduce = Callable[[Tensor], Tensor]
+Where = tuple[slice | int, ...]
 _MAMBA_CHANNELS = ("mamba_num_heads", "mamba_head_dim")
 _ACTIVATION_SUMS = ("ffn_hidden_size", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
 
@@ -27,7 +28,8 @@ def sum_shapes(parent: ParentShape, axes: Collection[str]) -> Iterator[tuple[str
         if "mamba_state_dim" in own:
             yield f"layers.{i}.mamba_states", (2, parent.mamba_num_groups, parent.mamba_state_dim)
         if "num_attention_heads" in own:
-            yield f"layers.{i}.query_heads", (parent.num_attention_heads,)
+            rows = parent.num_attention_heads + 2 * parent.num_query_groups
+            yield f"layers.{i}.qkv_rows", (rows * parent.kv_channels,)
         if "num_moe_experts" in own:
             yield f"layers.{i}.expert_outputs", (parent.num_moe_experts,)
             yield f"layers.{i}.expert_tokens", (parent.num_moe_experts,)
@@ -38,22 +40,28 @@ def sum_shapes(parent: ParentShape, axes: Collection[str]) -> Iterator[tuple[str
 
 
 class Sums:
-    """Float64 accumulators on the activations' device, zero at first; the same names on every rank."""
+    """Float64 accumulators on the activations' device, zero at first, of the whole model on every rank.
+
+    Every rank adds what it computes at the place where it belongs, and no two ranks add the same thing, so one
+    sum over the world gives the totals whatever the layout.
+    """
 
     def __init__(self, parent: ParentShape, axes: Collection[str], device: torch.device) -> None:
-        self.raw = {
-            key: torch.zeros(shape, dtype=torch.float64, device=device)
-            for key, shape in sum_shapes(parent, axes)
-        }
+        shapes = dict(sum_shapes(parent, axes))
+        self._all = torch.zeros(sum(map(prod, shapes.values())), dtype=torch.float64, device=device)
+        parts = self._all.split([prod(shape) for shape in shapes.values()])
+        self.raw = {key: part.view(shapes[key]) for key, part in zip(shapes, parts, strict=True)}
 
-    def add(self, key: str, value: Tensor, index: int | None = None) -> None:
-        """Add to a sum, or to its ``index``-th row."""
-        target = self.raw[key] if index is None else self.raw[key][index]
+    def add(self, key: str, value: Tensor, where: Where = ()) -> None:
+        """Add to a sum, or to the part of it at ``where``."""
+        target = self.raw[key][where]
         assert target.shape == value.shape, f"{key}: {tuple(value.shape)} for {tuple(target.shape)}"
         target += value
 
-    def reduced(self, reduce: Reduce) -> dict[str, Tensor]:
-        return {key: reduce(value) for key, value in self.raw.items()}
+    def totals(self) -> dict[str, Tensor]:
+        """The sums over all ranks of the world, on the CPU; collective, and once at the end."""
+        torch.distributed.all_reduce(self._all)
+        return {key: value.cpu() for key, value in self.raw.items()}
 
 
 def scores_of(
@@ -64,11 +72,13 @@ def scores_of(
     for i, symbol in enumerate(parent.hybrid_layer_pattern):
         for a in axes:
             if axis(a).symbol == symbol:
-                scores[f"layers.{i}.{a}"] = _layer_score(raw, f"layers.{i}.", a, head_dim_kept)
+                scores[f"layers.{i}.{a}"] = _layer_score(raw, f"layers.{i}.", a, parent, head_dim_kept)
     return scores
 
 
-def _layer_score(raw: dict[str, Tensor], layer: str, axis_name: str, head_dim_kept: int | None) -> Tensor:
+def _layer_score(
+    raw: dict[str, Tensor], layer: str, axis_name: str, parent: ParentShape, head_dim_kept: int | None
+) -> Tensor:
     if axis_name == "num_moe_experts":
         return reap_score(raw[layer + "expert_outputs"], raw[layer + "expert_tokens"])
     if axis_name == "mamba_head_dim":
@@ -78,5 +88,5 @@ def _layer_score(raw: dict[str, Tensor], layer: str, axis_name: str, head_dim_ke
     if axis_name == "mamba_state_dim":
         return state_score(raw[layer + "mamba_states"])
     if axis_name == "num_attention_heads":
-        return raw[layer + "query_heads"].sqrt()
+        return query_head_score(raw[layer + "qkv_rows"], parent)
     return raw[layer + axis_name]

@@ -1,16 +1,23 @@
-"""Floor 1: tensor mathematics of elasticity. Torch only; no Megatron, no process groups."""
+"""Floor 1: tensor mathematics of elasticity. Torch only; no Megatron, and process groups only as arguments."""
 
 from .gather import gather_tensor
 from .gumbel import draw_index, gumbel_noise, gumbel_softmax, uniform
-from .kd import distillation_loss
+from .kd import distillation_loss, token_cross_entropy
 from .mix import SubmodelMix
+from .parallel import group_size, scale_gradient, sum_over, zigzag, zigzag_order
 
 __all__ = [
     "SubmodelMix",
     "distillation_loss",
     "draw_index",
     "gather_tensor",
+    "group_size",
     "gumbel_noise",
     "gumbel_softmax",
+    "scale_gradient",
+    "sum_over",
+    "token_cross_entropy",
     "uniform",
+    "zigzag",
+    "zigzag_order",
 ]

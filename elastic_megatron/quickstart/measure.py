@@ -55,10 +55,10 @@ def evaluate_family(story: Story) -> None:
         ("loss_sorted_slice", open_source(story.rank.run_dir)),
         ("loss_trained", trained),
     ):
-        source.fill(model)
-        losses[kind] = evaluate(model, space, submodels, ids)
+        source.fill([model])
+        losses[kind] = evaluate([model], space, submodels, ids)
         if kind == "loss_unsorted_slice":
-            parent = evaluate(model, space, {"parent": space.full()}, ids)["parent"]
+            parent = evaluate([model], space, {"parent": space.full()}, ids)["parent"]
     measured = {
         "parent": parent,
         "losses": losses,

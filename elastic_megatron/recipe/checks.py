@@ -92,6 +92,29 @@ def _batch_per_rank(parallel: Parallel, stages: tuple[Stage, ...]) -> Iterator[P
             yield Problem(("stages", index, "global_batch_size"), text)
 
 
+def draw_problem(parallel: Parallel, stage: Stage) -> str | None:
+    """What is wrong with ``samples_per_draw``, whatever the number of ranks, or nothing.
+
+    Micro-batch m of data-parallel rank r begins at sample (m x ranks + r) x micro_batch_size of the step. Ranks
+    that share experts are consecutive, and so are their samples. Those lie in one draw, in every micro-batch,
+    exactly if a draw holds a multiple of what these ranks take together (or the whole step, which is such a
+    multiple).
+    """
+    ranks, size = parallel.replicas_per_draw, stage.micro_batch_size
+    if stage.draw_size % (size * ranks) == 0:
+        return None
+    return (
+        f"must be a multiple of {size * ranks}, since {ranks} data-parallel ranks of micro_batch_size {size} share "
+        f"experts, and with them a draw; write {size * ranks}"
+    )
+
+
+def _draws(parallel: Parallel, stages: tuple[Stage, ...], budgets: Budgets) -> Iterator[Problem]:
+    for index, stage in enumerate(stages):
+        if budgets and (text := draw_problem(parallel, stage)):
+            yield Problem(("stages", index, "samples_per_draw"), text)
+
+
 _CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     _budgets_need_choices,
     _stage_names,
@@ -101,6 +124,7 @@ _CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     _parallel_switches,
     _world_size,
     _batch_per_rank,
+    _draws,
 )
 
 

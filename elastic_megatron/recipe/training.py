@@ -88,6 +88,11 @@ class Stage(Section):
     seq_length: Positive = Field(description="Tokens per sequence.")
     global_batch_size: Positive = Field(description="Sequences per step, over all ranks.")
     micro_batch_size: Positive = Field(default=1, description="Sequences per forward pass of one rank.")
+    samples_per_draw: Positive | None = Field(
+        default=None,
+        description="Consecutive sequences of a step that share one draw of budget and widths; "
+        "default: micro_batch_size.",
+    )
     budget_probs: BudgetProbs = Field(
         default="uniform",
         description="Budget -> probability of being drawn for a micro-batch; left out means 0.",
@@ -103,6 +108,11 @@ class Stage(Section):
         return self.seq_length * self.global_batch_size
 
     @property
+    def draw_size(self) -> int:
+        """Consecutive sequences of a step that share one draw of budget and widths."""
+        return self.samples_per_draw or self.micro_batch_size
+
+    @property
     def steps(self) -> int:
         """Optimiser steps: enough for `tokens`, the last one whole."""
         return math.ceil(self.tokens / self.tokens_per_step)
@@ -112,6 +122,12 @@ class Stage(Section):
         problems = []
         if self.global_batch_size % self.micro_batch_size:
             text = f"{self.global_batch_size} is not a multiple of micro_batch_size = {self.micro_batch_size}"
+            problems.append(Problem(("global_batch_size",), text))
+        if self.draw_size % self.micro_batch_size:
+            text = f"{self.draw_size} is not a multiple of micro_batch_size = {self.micro_batch_size}"
+            problems.append(Problem(("samples_per_draw",), text))
+        elif self.samples_per_draw is not None and self.global_batch_size % self.samples_per_draw:
+            text = f"{self.global_batch_size} is not a multiple of samples_per_draw = {self.samples_per_draw}"
             problems.append(Problem(("global_batch_size",), text))
         if isinstance(self.budget_probs, dict):
             total = sum(self.budget_probs.values())
@@ -159,7 +175,7 @@ class Parallel(Section):
         default=None, description="Tensor-parallel ranks of the experts; default: tensor."
     )
     pipeline: Positive = Field(default=1, description="Pipeline stages.")
-    virtual_pipeline: Positive | None = Field(
+    virtual_pipeline: Annotated[Positive, Field(ge=2)] | None = Field(
         default=None, description="Model chunks per pipeline stage (needs pipeline > 1)."
     )
     context: Positive = Field(default=1, description="Context-parallel ranks.")
@@ -167,9 +183,28 @@ class Parallel(Section):
     distributed_optimizer: Switch = Field(
         default=True, description="Shard the optimizer over the data-parallel ranks."
     )
+    overlap: Switch = Field(
+        default=False,
+        description="Overlap gradient reduction (and, with the distributed optimizer, parameter gathering) "
+        "with computing.",
+    )
+    dispatcher: Literal["alltoall", "allgather"] = Field(
+        default="alltoall", description="How tokens reach experts on other ranks."
+    )
     recompute: Literal["none", "full"] = Field(
         default="none", description="full: keep only each layer's input and compute the rest again."
     )
+
+    @property
+    def replicas_per_draw(self) -> int:
+        """Data-parallel ranks whose tokens meet in the same experts, so that they must share a draw.
+
+        A model replica is tensor x context consecutive ranks of a pipeline stage, an expert group expert_tensor x
+        expert of them (Megatron's rank order). Whatever overlaps belongs together, which makes blocks of the
+        least common multiple.
+        """
+        replica = self.tensor * self.context
+        return math.lcm(replica, (self.expert_tensor or self.tensor) * self.expert) // replica
 
 
 class Checkpoint(Section):
@@ -177,6 +212,9 @@ class Checkpoint(Section):
 
     interval: Count = Field(default=0, description="Steps between checkpoints; 0: only at the end.")
     keep_last: Positive = Field(default=2, description="Checkpoints to keep.")
+    async_save: Switch = Field(
+        default=False, description="Write checkpoints in the background while training goes on."
+    )
 
 
 class Log(Section):

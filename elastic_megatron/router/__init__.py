@@ -3,5 +3,6 @@
 from .loss import budget_loss, relative_cost
 from .router import BudgetRouter
 from .schedule import Schedule
+from .step import RouterStep
 
-__all__ = ["BudgetRouter", "Schedule", "budget_loss", "relative_cost"]
+__all__ = ["BudgetRouter", "RouterStep", "Schedule", "budget_loss", "relative_cost"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -94,11 +94,18 @@ class BudgetRouter(nn.Module):
         self, budget: Budget | str | float, *, key: Key, tau: float, logit_scale: float, hard: bool
     ) -> SubmodelMix:
         """Sample a mix. ``key`` determines the noise, independently for every axis and layer."""
+        return self.sample(self.logits(budget), budget, key=key, tau=tau, logit_scale=logit_scale, hard=hard)
+
+    def sample(
+        self, logits: Mapping[str, Tensor], budget: Budget | str | float, *, key: Key, tau: float,
+        logit_scale: float, hard: bool,
+    ) -> SubmodelMix:  # fmt: skip
+        """As ``forward``, from the raw logits of the budget."""
         if self._pinned(budget):
             return self.parent_mix()
         probs = {}
-        for axis, logits in self.logits(budget).items():
-            scaled = logits.float() * logit_scale
+        for axis, raw in logits.items():
+            scaled = raw.float() * logit_scale
             probs[axis] = gumbel_softmax(scaled, gumbel_noise((*key, axis), scaled), tau, hard)
         return SubmodelMix(self.space, probs)
 

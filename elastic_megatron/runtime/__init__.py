@@ -7,16 +7,18 @@ runs on a laptop.  Importing it costs torch; Megatron is imported inside the fun
 
 from elastic_megatron.runtime.config import transformer_config_defaults
 from elastic_megatron.runtime.cpu import ADAPTATIONS, adapt
-from elastic_megatron.runtime.device import Runtime, groups, start, stop
-from elastic_megatron.runtime.layout import one_optimizer_layout
+from elastic_megatron.runtime.device import Layout, Runtime, groups, layout, start, stop
+from elastic_megatron.runtime.optimizer_layout import one_optimizer_layout
 from elastic_megatron.runtime.specs import hybrid_stack_spec
 
 __all__ = [
     "ADAPTATIONS",
+    "Layout",
     "Runtime",
     "adapt",
     "groups",
     "hybrid_stack_spec",
+    "layout",
     "one_optimizer_layout",
     "start",
     "stop",

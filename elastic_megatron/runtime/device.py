@@ -28,16 +28,19 @@ class Runtime:
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    tensor: int
-    pipeline: int
-    virtual_pipeline: int | None
-    context: int
-    expert: int
-    expert_tensor: int
+class Layout:
+    """Sizes of the parallel groups, named as in a recipe's ``parallel`` section."""
+
+    tensor: int = 1
+    sequence: bool = False
+    pipeline: int = 1
+    virtual_pipeline: int | None = None
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
 
 
-_running: tuple[Runtime, _Sizes] | None = None
+_running: tuple[Runtime, Layout] | None = None
 
 
 def start(
@@ -63,8 +66,8 @@ def start(
     Raises ``UserError`` if the sizes do not divide the world.
     """
     global _running
-    sizes = _Sizes(tensor, pipeline, virtual_pipeline, context, expert, expert_tensor or tensor)
-    _check(sizes, sequence, int(os.environ.get("WORLD_SIZE", "1")))
+    sizes = Layout(tensor, sequence, pipeline, virtual_pipeline, context, expert, expert_tensor or tensor)
+    _check(sizes, int(os.environ.get("WORLD_SIZE", "1")))
     if _running is not None and _running[1] == sizes:
         _seed(seed)
         return _running[0]
@@ -98,6 +101,11 @@ def stop() -> None:
     torch.distributed.destroy_process_group()
 
 
+def layout() -> Layout:
+    """The running layout; every size is 1 before ``start``."""
+    return _running[1] if _running is not None else Layout()
+
+
 def groups() -> "ProcessGroupCollection":
     """The process groups of the running layout, as Megatron modules take them.  Needs ``start`` first."""
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -105,7 +113,7 @@ def groups() -> "ProcessGroupCollection":
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
-def _check(sizes: _Sizes, sequence: bool, world: int) -> None:
+def _check(sizes: Layout, world: int) -> None:
     model = sizes.tensor * sizes.pipeline * sizes.context
     if world % model:
         raise UserError(
@@ -118,7 +126,7 @@ def _check(sizes: _Sizes, sequence: bool, world: int) -> None:
             f"parallel: expert_tensor {sizes.expert_tensor} x expert {sizes.expert} x pipeline {sizes.pipeline} "
             f"= {expert} does not divide the {world} started processes; start a multiple of {expert}"
         )
-    if sequence and sizes.tensor == 1:
+    if sizes.sequence and sizes.tensor == 1:
         raise UserError("parallel: sequence = true needs tensor > 1; remove it or raise parallel.tensor")
     if sizes.virtual_pipeline is not None and sizes.pipeline == 1:
         raise UserError("parallel: virtual_pipeline needs pipeline > 1; remove it or raise parallel.pipeline")
@@ -154,7 +162,7 @@ def _need_rendezvous() -> None:
         )
 
 
-def _init_model_parallel(sizes: _Sizes, timeout: float) -> None:
+def _init_model_parallel(sizes: Layout, timeout: float) -> None:
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():

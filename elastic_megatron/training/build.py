@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..blocks import build_elastic_model, build_model
+from .. import runtime
+from ..blocks import build_chunks, build_elastic_model, build_model
 from ..checkpoint.resolve import budgets
 from ..checkpoint.source import Source, open_source
 from ..errors import UserError
@@ -17,28 +22,44 @@ from ..router import BudgetRouter
 from ..router.loss import relative_target
 from ..space import ElasticSpace
 from .family import DTYPES
+from .pair import DistilledChunk
 
 
 @dataclass(frozen=True)
 class Model:
-    """The student and what trains it: the bare ``HybridModel``, its DDP wrapper and a Megatron optimizer."""
+    """The student and what trains it, on this rank.
 
-    bare: nn.Module
-    ddp: nn.Module
+    Args:
+        chunks: its pipeline chunks, bare; the router hangs on the first one of every stage.
+        ddp: the chunks with the teacher's beside them, wrapped by Megatron's ``DistributedDataParallel``.
+        optimizer: Megatron's.
+    """
+
+    chunks: list[nn.Module]
+    ddp: list[Any]
     optimizer: Any
     space: ElasticSpace | None
     router: BudgetRouter | None
 
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Outside training steps: parameters are complete, though their gathering overlaps with steps."""
+        late = [d for d in self.ddp if d.ddp_config.overlap_param_gather]
+        for d in late:
+            d.disable_forward_pre_hook(param_sync=True)
+        try:
+            yield
+        finally:
+            for d in late:
+                d.enable_forward_pre_hook()
 
-def build_student(recipe: Recipe, source: Source, space: ElasticSpace | None) -> Model:
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
-    )
 
-    dtype, distributed = DTYPES[recipe.model.dtype], recipe.parallel.distributed_optimizer
-    if dtype is torch.bfloat16 and not distributed:
+def build_student(
+    recipe: Recipe, source: Source, space: ElasticSpace | None, teacher: Sequence[nn.Module | None] = ()
+) -> Model:
+    """The student, filled from ``source``; ``teacher``: its frozen chunks."""
+    dtype = DTYPES[recipe.model.dtype]
+    if dtype is torch.bfloat16 and not recipe.parallel.distributed_optimizer:
         raise UserError(
             "parallel.distributed_optimizer is false, but without it Megatron cannot save the fp32 parameters of a "
             "bf16 model (A_log, D, the router); set it to true, or model.dtype to fp32"
@@ -51,35 +72,64 @@ def build_student(recipe: Recipe, source: Source, space: ElasticSpace | None) ->
             "recompute_num_layers": 1,
         }
     if space is not None:
-        bare = build_elastic_model(space, dtype=dtype, **overrides)
+        build = partial(build_elastic_model, space, dtype=dtype, **overrides)
     else:
-        bare = build_model(source.manifest.shape, dtype=dtype, **overrides)
-    source.fill(bare)
+        build = partial(build_model, source.manifest.shape, dtype=dtype, **overrides)
+    chunks = build_chunks(lambda vp_stage: build(vp_stage=vp_stage))
+    source.fill(chunks)
     router = None
     if space is not None:
-        named = budgets(recipe)
-        router = BudgetRouter(
-            space,
-            named,
-            [relative_target(space, b) for b in named],
-            inner_size=recipe.router.inner_size,
-            init_std=recipe.router.init_std,
-            pin_full=recipe.router.pin_full,
-            seed=recipe.seed,
-        ).to(next(bare.parameters()).device)
-        bare.budget_router = router
-    bare.train()
-    config = bare.config
-    config.finalize_model_grads_func = finalize_model_grads
-    ddp = DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed),
-        bare,
+        router = _router(recipe, space).to(next(chunks[0].parameters()).device)
+        chunks[0].budget_router = router
+    for chunk in chunks:
+        chunk.train()
+    ddp = _distributed(recipe, [DistilledChunk(*pair) for pair in zip_longest(chunks, teacher)])
+    return Model(chunks, ddp, _optimizer(recipe, ddp, dtype), space, router)
+
+
+def _router(recipe: Recipe, space: ElasticSpace) -> BudgetRouter:
+    """Replicated on every rank. Gradient norms count it once: as Megatron's shared embedding, on one stage."""
+    named, r = budgets(recipe), recipe.router
+    router = BudgetRouter(
+        space,
+        named,
+        [relative_target(space, b) for b in named],
+        inner_size=r.inner_size,
+        init_std=r.init_std,
+        pin_full=r.pin_full,
+        seed=recipe.seed,
     )
-    return Model(bare, ddp, _optimizer(recipe, ddp, dtype), space, router)
+    for parameter in router.parameters():
+        parameter.shared = runtime.groups().pp.rank() > 0
+    return router
 
 
-def _optimizer(recipe: Recipe, ddp: nn.Module, dtype: torch.dtype) -> Any:
+def _distributed(recipe: Recipe, pairs: list[DistilledChunk]) -> list[Any]:
+    """Wrap the chunks of this rank, with the communication that ``parallel.overlap`` asks for."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    parallel = recipe.parallel
+    gather = parallel.overlap and parallel.distributed_optimizer
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap,
+        overlap_param_gather=gather,
+    )
+    ddp = [
+        DistributedDataParallel(pair.config, settings, pair, disable_bucketing=index > 0)
+        for index, pair in enumerate(pairs)
+    ]
+    for pair in pairs:
+        if parallel.overlap:
+            pair.config.no_sync_func = [d.no_sync for d in ddp] if len(ddp) > 1 else ddp[0].no_sync
+        if gather:
+            syncs = [d.start_param_sync for d in ddp]
+            pair.config.param_sync_func = syncs if len(ddp) > 1 else syncs[0]
+    return ddp
+
+
+def _optimizer(recipe: Recipe, ddp: list[Any], dtype: torch.dtype) -> Any:
     """Megatron's Adam: the router at its own rate, and no parameter group of two types."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer.optimizer_config import ParamKey
@@ -90,6 +140,7 @@ def _optimizer(recipe: Recipe, ddp: nn.Module, dtype: torch.dtype) -> Any:
         adam_beta2=o.betas[1], adam_eps=o.eps, clip_grad=o.clip_grad, bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=recipe.parallel.distributed_optimizer,
+        overlap_param_gather=recipe.parallel.overlap and recipe.parallel.distributed_optimizer,
     )  # fmt: skip
     r = recipe.router
     groups = {
@@ -98,7 +149,7 @@ def _optimizer(recipe: Recipe, ddp: nn.Module, dtype: torch.dtype) -> Any:
         # exempts both from weight decay
         ParamKey(name=("*.mixer.A_log", "*.mixer.D")): {"wd_mult": 0.0},
     }
-    return get_megatron_optimizer(settings, [ddp], config_overrides=groups)
+    return get_megatron_optimizer(settings, ddp, config_overrides=groups)
 
 
 def moe_overrides(recipe: Recipe, source: Source) -> dict[str, Any]:
@@ -107,16 +158,17 @@ def moe_overrides(recipe: Recipe, source: Source) -> dict[str, Any]:
         return {}
     aux = recipe.loss.moe_aux_loss
     return {
+        "moe_token_dispatcher_type": recipe.parallel.dispatcher,
         "moe_router_load_balancing_type": "seq_aux_loss" if aux else "none",
         "moe_aux_loss_coeff": aux,
         "moe_router_bias_update_rate": recipe.loss.moe_bias_update_rate,
     }
 
 
-def build_teacher(recipe: Recipe, source: Source) -> nn.Module | None:
-    """The frozen parent (or another checkpoint), in evaluation mode; ``None`` for plain cross-entropy."""
+def build_teacher(recipe: Recipe, source: Source) -> list[nn.Module]:
+    """Chunks of the frozen parent (or another checkpoint) in evaluation mode; none for plain cross-entropy."""
     if recipe.loss.kind == "cross_entropy":
-        return None
+        return []
     if recipe.teacher.checkpoint is None and recipe.model.sizes is not None:
         raise UserError(
             f"loss.kind {recipe.loss.kind} distils the parent, but model.sizes starts from random weights; train "
@@ -128,6 +180,9 @@ def build_teacher(recipe: Recipe, source: Source) -> nn.Module | None:
             f"teacher.checkpoint has vocabulary {chosen.manifest.shape.vocab_size}, the parent "
             f"{source.manifest.shape.vocab_size}; distillation needs one tokenizer"
         )
-    teacher = build_model(chosen.manifest.shape, dtype=DTYPES[recipe.model.dtype])
+    build = partial(build_model, chosen.manifest.shape, dtype=DTYPES[recipe.model.dtype])
+    if chosen.manifest.shape.num_moe_experts:
+        build = partial(build, moe_token_dispatcher_type=recipe.parallel.dispatcher)
+    teacher = build_chunks(lambda vp_stage: build(vp_stage=vp_stage))
     chosen.fill(teacher)
-    return teacher.requires_grad_(False).eval()
+    return [chunk.requires_grad_(False).eval() for chunk in teacher]

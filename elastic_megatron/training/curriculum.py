@@ -77,10 +77,17 @@ class Curriculum:
     def segment(self, step: int) -> Segment:
         return next(s for s in reversed(self.segments()) if s.start <= step)
 
-    def draw_budget(self, place: Place, microbatch: int, dp_rank: int) -> str:
-        """The budget of one micro-batch: a function of (seed, step, micro-batch, rank) alone."""
+    def unit(self, place: Place, sample: int) -> int:
+        """Which draw of the step a micro-batch belongs to, by its first sample within the step.
+
+        A function of the recipe alone: neither micro-batching nor the parallel layout moves a draw.
+        """
+        return sample // place.stage.draw_size
+
+    def draw_budget(self, place: Place, unit: int) -> str:
+        """The budget of one draw: a function of (seed, step, unit) alone."""
         probs = self.recipe.budget_probabilities(place.stage)
-        key = (self.recipe.seed, "budget", place.step, microbatch, dp_rank)
+        key = (self.recipe.seed, "budget", place.step, unit)
         return tuple(probs)[draw_index(key, tuple(probs.values()))]
 
 

@@ -2,70 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..blocks import running
+from .. import runtime
+from ..blocks import forward_only, running
+from ..blocks.passes import Batch
+from ..ops.kd import token_cross_entropy
 from ..ops.mix import SubmodelMix
 from ..space import ElasticSpace, SubmodelSpec
 
 
-@torch.no_grad()
 def token_loss(
-    model: nn.Module, windows: Sequence[Tensor], *, group: Any = None, batch_size: int = 16
+    chunks: Sequence[nn.Module], windows: Sequence[Tensor], *, batch_size: int = 16
 ) -> tuple[float, int]:
     """(mean cross-entropy in nats per token, tokens scored) over windows of token ids.
 
-    Positions 2..n of each window are scored, given those before them in the same window. With a process
-    ``group`` its ranks share the windows, and each returns the result of all.
+    Positions 2..n of each window are scored, given those before them in the same window. Data-parallel ranks
+    share the windows; every rank of the world returns the result of all.
     """
-    device = next(model.parameters()).device
+    groups = runtime.groups()
+    device = next(chunks[0].parameters()).device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    if group is not None:
-        windows = windows[group.rank() :: group.size()]
-    was_training = model.training
-    model.eval()
-    for start in range(0, len(windows), batch_size):
-        chunk = windows[start : start + batch_size]
-        for length in sorted({len(w) for w in chunk}, reverse=True):
-            ids = torch.stack([w for w in chunk if len(w) == length]).to(device)
-            positions = torch.arange(length, device=device).expand(len(ids), -1)
-            logits = model(ids, positions, None)[:, :-1]
-            loss = nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
-            )
-            sums += torch.stack([loss.double(), loss.new_tensor(ids[:, 1:].numel()).double()])
-    model.train(was_training)
-    if group is not None:
-        torch.distributed.all_reduce(sums, group=group)
+
+    def consume(batch: Batch, logits: Tensor) -> Tensor:
+        loss = token_cross_entropy(logits, batch["labels"], groups.tp) * batch["scored"]
+        return torch.stack([loss.double().sum(), batch["scored"].double().sum()])
+
+    for length in sorted({len(w) for w in windows}, reverse=True):
+        equal = [w for w in windows if len(w) == length]
+        for batches in _batches(equal, batch_size, groups.dp.rank(), groups.dp.size()):
+            on_device = [{k: v.to(device) for k, v in batch.items()} for batch in batches]
+            sums += sum(forward_only(chunks, on_device, consume))
+    if groups.tp.rank():
+        sums.zero_()  # tensor ranks have the same numbers
+    torch.distributed.all_reduce(sums)
     total, count = sums.tolist()
     return total / count, int(count)
 
 
+def _batches(
+    windows: Sequence[Tensor], batch_size: int, dp_rank: int, dp_size: int
+) -> Iterator[list[dict[str, Tensor]]]:
+    """This rank's batches of equal windows, in lists of one batch size.
+
+    Ranks run equally many, in multiples of the pipeline's size: a batch that fills up scores nothing.
+    """
+    whole, rest = divmod(len(windows), batch_size)
+    stages = runtime.groups().pp.size()
+    for size, first, count in ((batch_size, 0, whole), (rest, whole * batch_size, 1 if rest else 0)):
+        rounds = -(-count // (dp_size * stages)) * stages
+        out = []
+        for index in range(dp_rank, rounds * dp_size, dp_size):
+            start = first + (index % max(count, 1)) * size
+            tokens = torch.stack([windows[i] for i in range(start, start + size)])
+            scored = torch.ones_like(tokens)
+            scored[:, -1] = 0
+            out.append({
+                "tokens": tokens,
+                "labels": tokens.roll(-1, 1),
+                "scored": scored if index < count else torch.zeros_like(tokens),
+            })  # fmt: skip
+        yield out
+
+
 def evaluate(
-    model: nn.Module,
+    chunks: Sequence[nn.Module],
     space: ElasticSpace | None,
     submodels: Mapping[str, SubmodelSpec],
     windows: Sequence[Tensor],
-    *,
-    group: Any = None,
 ) -> dict[str, dict[str, Any]]:
     """Loss of every submodel, ``{name: {"loss", "tokens"}}``; a model that is not elastic is ``parent``.
 
-    ``group`` as in ``token_loss``.
+    Args:
+        chunks: this rank's pipeline chunks, bare.
     """
-    if space is None:
-        loss, count = token_loss(model, windows, group=group)
-        return {"parent": {"loss": loss, "tokens": count}}
+    was_training = chunks[0].training
+    device = next(chunks[0].parameters()).device
+    for chunk in chunks:
+        chunk.eval()
     out = {}
-    device = next(model.parameters()).device
-    for name, spec in submodels.items():
-        mix = None if spec == space.full() else SubmodelMix.one_hot(space, spec, device)
-        with running(model, mix) if mix is not None else nullcontext():
-            loss, count = token_loss(model, windows, group=group)
+    for name, spec in submodels.items() if space is not None else [("parent", None)]:
+        with ExitStack() as stack:
+            if space is not None and spec is not None and spec != space.full():
+                mix = SubmodelMix.one_hot(space, spec, device)
+                for chunk in chunks:
+                    stack.enter_context(running(chunk, mix))
+            loss, count = token_loss(chunks, windows)
         out[name] = {"loss": loss, "tokens": count}
+    for chunk in chunks:
+        chunk.train(was_training)
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def parent_source(recipe: Recipe) -> Source:
     if model.sizes is not None:
         shape = ParentShape.from_dict(model.sizes.model_dump())
 
-        def keep(_: nn.Module) -> None:
+        def keep(_: Sequence[nn.Module]) -> None:
             """The weights that the seed gave."""
 
         return Source(Path(), Manifest(shape=shape), keep, model.tokenizer)

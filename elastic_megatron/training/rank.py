@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import runtime
-from ..blocks import build_model
+from ..blocks import build_chunks, build_model, forward_only
 from ..checkpoint import distributed
+from ..checkpoint.agreement import same_on_all_ranks
 from ..checkpoint.resolve import elastic_space
-from ..checkpoint.slice import weights
-from ..checkpoint.sort import sort_space, sorted_state
+from ..checkpoint.sort import sort_model, sort_space
+from ..cost.layout import check_sequence
 from ..errors import UserError
 from ..importance import Ranking, collect
+from ..importance.depth import squared_error
 from ..recipe import Recipe, dump
 from ..space import ElasticSpace
 from .datasets import check_tokens, dataset
 from .family import DTYPES, parent_source
+from .start import start_whole_stages
 from .train import versions
 
 # relative change of the logits that reordered sums may cause, by data type
@@ -31,85 +35,127 @@ ROUNDING = {"fp32": 1e-4, "bf16": 5e-2}
 
 @dataclass(frozen=True)
 class Ranked:
-    """What ``rank`` wrote, and how much the logits moved (relative; rounding of reordered sums)."""
+    """What ``rank`` wrote, and how much the logits moved (relative; rounding of reordered sums).
+
+    ``main`` is true on the one rank that talks to people.
+    """
 
     checkpoint: Path
     ranking: Ranking
     logits_error: float
+    main: bool
 
 
 def rank(recipe: Recipe) -> Ranked:
-    """Rank and sort the recipe's parent.
+    """Rank and sort the recipe's parent, on all ranks of the world together.
 
-    Writes ``ranking.safetensors``, ``ranking.json``, ``plots/`` and a sorted checkpoint into the run folder.
-    Raises ``UserError`` for a recipe without choices or data, and where the sorted model computes something
-    else than the parent.
+    Writes ``ranking.safetensors``, ``ranking.json`` and a sorted checkpoint into the run folder. The ranking does
+    not depend on ``recipe.parallel``. Raises ``UserError`` for a recipe without choices or data, for samples that
+    do not divide among the data-parallel ranks, and where the sorted model computes something else than the parent.
     """
-    if not recipe.space.choices:
-        raise UserError("the recipe has no space.choices, so there is nothing to rank; name the elastic axes")
-    if not recipe.data.train:
-        raise UserError("the recipe has no data.train to calibrate on; add prefixes written by prepare-data")
-    runtime.start(seed=recipe.seed)
+    _check(recipe)
     source = parent_source(recipe)
     if source.manifest.ranking is not None:
         raise UserError(f"{source.path} is sorted already; rank the parent it was made from")
     space = elastic_space(recipe, source.manifest)
     assert space is not None
-    model = build_model(space.parent, dtype=DTYPES[recipe.model.dtype]).eval()
-    source.fill(model)
-    ranking = _collect(recipe, model, space)
-    ranking.save(recipe.run_dir)
-    probe = next(_batches(recipe, model))
-    before = _logits(model, probe)
-    _sort(model, space, ranking)
-    error = float((_logits(model, probe) - before).norm() / before.norm())
-    if not error <= ROUNDING[recipe.model.dtype]:
-        raise UserError(
-            f"sorting changed the logits by {error:.1e}, more than rounding; the checkpoint {source.path} is "
-            "damaged or this is a defect"
-        )
+    main = start_whole_stages(recipe, space.parent, space).rank == 0
+    settings = recipe.rank
+    samples = dataset(recipe, recipe.data.train, seq_length=settings.seq_length, num_samples=settings.samples)
+    how = {"dtype": DTYPES[recipe.model.dtype], "moe_token_dispatcher_type": recipe.parallel.dispatcher}
+    chunks = build_chunks(lambda vp_stage: build_model(space.parent, vp_stage=vp_stage, **how).eval())
+    source.fill(chunks)
+    ranking, error = sort_by_importance(recipe, chunks, space, samples, show=main)
+    with same_on_all_ranks(f"{recipe.run_dir} cannot be written"):
+        if main:
+            ranking.save(recipe.run_dir)
+            (recipe.run_dir / "recipe.yaml").write_text(dump(recipe))
     manifest = replace(
         source.manifest, space=sort_space(space, ranking), ranking=ranking.digest(), versions=versions()
     )
-    (recipe.run_dir / "recipe.yaml").write_text(dump(recipe))
     root = recipe.run_dir / "checkpoints"
-    distributed.save(root, 0, model, manifest, hf_files=source.hf_files)
-    return Ranked(root, ranking, error)
+    distributed.save(root, 0, chunks, manifest, hf_files=source.hf_files)
+    return Ranked(root, ranking, error, main)
 
 
-def _collect(recipe: Recipe, model: nn.Module, space: ElasticSpace) -> Ranking:
-    dims = space.choices_of("mamba_head_dim") if "mamba_head_dim" in space.axes else None
-    axes = [a for a in space.axes if a != "num_layers" or recipe.rank.depth]
-    if "num_layers" in space.axes and not recipe.rank.depth:
-        raise UserError("num_layers is elastic but rank.depth is false; set rank.depth: true")
-    total = -(-recipe.rank.samples // recipe.rank.micro_batch_size)
+def sort_by_importance(
+    recipe: Recipe, chunks: Sequence[Any], space: ElasticSpace, samples: Any, *, show: bool
+) -> tuple[Ranking, float]:
+    """Score the components of a filled model and sort it in place; collective, under any layout.
+
+    Args:
+        recipe: its ``rank`` and ``model.dtype`` count.
+        chunks: this rank's pipeline chunks, bare, of shape ``space.parent``.
+        samples: ``samples[i]["tokens"]`` [sequence] int64 of the whole data set, on every rank.
+        show: whether this rank shows progress.
+
+    Returns the ranking, and by how much the logits moved: relative, from rounding of reordered sums.
+
+    Raises ``UserError`` where samples do not divide among data-parallel ranks, or the sorted model computes
+    something else.
+    """
+    settings, device = recipe.rank, next(chunks[0].parameters()).device
+    own = _own_samples(recipe)
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for start in range(own.start, own.stop, settings.micro_batch_size):
+            rows = range(start, min(start + settings.micro_batch_size, own.stop))
+            tokens = torch.stack([samples[row]["tokens"] for row in rows])
+            check_tokens(tokens, space.parent.vocab_size)
+            yield {"tokens": tokens.to(device)}
+
     console = Console(stderr=True)
-    batches = track(
-        _batches(recipe, model), "ranking", total=total, transient=True, console=console,
-        disable=not console.is_terminal,
+    shown = track(
+        batches(), "ranking", total=-(-len(own) // settings.micro_batch_size), transient=True, console=console,
+        disable=not (show and console.is_terminal),
     )  # fmt: skip
-    return collect(model, space.parent, batches, axes=axes, head_dim_kept=dims[-1] if dims else None)
+    dims = space.choices_of("mamba_head_dim") if "mamba_head_dim" in space.axes else None
+    ranking = collect(chunks, space.parent, shown, axes=space.axes, head_dim_kept=dims[-1] if dims else None)
+    probe = next(batches())
+    before = _logits(chunks, probe)
+    sort_model(chunks, space, ranking)
+    error = _change(before, _logits(chunks, probe), device)
+    if not error <= ROUNDING[recipe.model.dtype]:
+        raise UserError(
+            f"sorting changed the logits by {error:.1e}, more than rounding; the parent's checkpoint is damaged or "
+            "this is a defect"
+        )
+    return ranking, error
 
 
-def _batches(recipe: Recipe, model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    settings = recipe.rank
-    samples = dataset(recipe, recipe.data.train, seq_length=settings.seq_length, num_samples=settings.samples)
-    device = next(model.parameters()).device
-    for start in range(0, settings.samples, settings.micro_batch_size):
-        count = min(settings.micro_batch_size, settings.samples - start)
-        tokens = torch.stack([samples[start + i]["tokens"] for i in range(count)])
-        check_tokens(tokens, int(model.vocab_size))
-        yield {"tokens": tokens.to(device)}
+def _check(recipe: Recipe) -> None:
+    if not recipe.space.choices:
+        raise UserError("the recipe has no space.choices, so there is nothing to rank; name the elastic axes")
+    if "num_layers" in recipe.space.choices and not recipe.rank.depth:
+        raise UserError("num_layers is elastic but rank.depth is false; set rank.depth: true")
+    if not recipe.data.train:
+        raise UserError("the recipe has no data.train to calibrate on; add prefixes written by prepare-data")
+    for problem in check_sequence(recipe.parallel, "rank", recipe.rank.seq_length):
+        raise UserError(problem)
 
 
-@torch.no_grad()
-def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    tokens = batch["tokens"]
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    return model(tokens, positions, None).float()
+def _own_samples(recipe: Recipe) -> range:
+    """This data-parallel rank's block of the calibration samples."""
+    replicas, settings = runtime.groups().dp, recipe.rank
+    number = replicas.size()
+    if number > 1 and settings.samples % (settings.micro_batch_size * number):
+        raise UserError(
+            f"rank.samples={settings.samples} is not a multiple of micro_batch_size {settings.micro_batch_size} x "
+            f"{number} data-parallel ranks; choose a multiple of {settings.micro_batch_size * number}"
+        )
+    share = settings.samples // number
+    return range(replicas.rank() * share, (replicas.rank() + 1) * share)
 
 
-def _sort(model: nn.Module, space: ElasticSpace, ranking: Ranking) -> None:
-    state = weights(model.state_dict())
-    missing = model.load_state_dict(dict(sorted_state(space, ranking, state.items())), strict=False)
-    assert not missing.unexpected_keys, missing.unexpected_keys
+def _logits(chunks: Sequence[Any], batch: dict[str, Tensor]) -> list[Tensor]:
+    """This rank's part of a batch's logits, on the last pipeline stage."""
+    return forward_only(chunks, [batch], lambda _, logits: logits)
+
+
+def _change(before: Sequence[Tensor], after: Sequence[Tensor], device: torch.device) -> float:
+    """Relative distance of logits whose parts lie on all ranks; the same on each."""
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for old, new in zip(before, after, strict=True):
+        total += squared_error(old, new)
+    torch.distributed.all_reduce(total)
+    return float((total[0] / total[1]).sqrt())

@@ -114,7 +114,7 @@ def test_fp8_and_router_fusion_are_refused_at_construction(megatron: Any) -> Non
         setattr(config, field, before)
     config.moe_router_fusion = True
     with pytest.raises(ValueError, match="unfused"):
-        model.decoder.layers[1].mlp.router.bind(Binding())
+        model.decoder.layers[1].mlp.router.bind(Binding(), SPACE)
 
 
 @pytest.mark.parametrize("flag", ["_with_fused_impl", "use_fused_mlp"])
@@ -124,7 +124,7 @@ def test_a_fused_mlp_is_refused(megatron: Any, flag: str) -> None:
     model = build_model(SPACE.parent)
     setattr(model.decoder.layers[5].mlp, flag, True)
     with pytest.raises(ValueError, match="linear_fc2"):
-        attach(model.decoder.layers[5], "-")
+        attach(model.decoder.layers[5], "-", SPACE)
 
 
 def test_running_finds_the_stack_through_wrappers_and_refuses_stock(pair: tuple[Any, Any]) -> None:
@@ -143,5 +143,5 @@ def test_hooks_hold_nothing_between_passes(pair: tuple[Any, Any]) -> None:
     elastic = pair[0]
     with running(elastic, one_hot(SPACE, SPACE.smallest(), torch.float32)):
         elastic(*tokens(SPACE), None)
-        assert all(b.widths is None for b in (*elastic.decoder.bindings, elastic.decoder.final_binding))
+        assert all(b.widths is None for b in (*elastic.decoder.bindings, elastic.decoder.ends))
     assert elastic.decoder._mix is None

@@ -71,7 +71,13 @@ def test_nemotron3_nano_has_its_published_size() -> None:
     result = planned(NANO)
     assert result["parent"]["total_params"] == 31_577_940_288
     assert result["parent"]["active_params"] == 3_580_076_352
-    assert result["layout"] == {"ok": True, "problems": []}
+    assert result["layout"] == {
+        "ok": True,
+        "problems": [],
+        "dense": {"tensor": 2, "context": 4, "pipeline": 1, "data": 32},
+        "expert": {"expert_tensor": 1, "expert": 8, "pipeline": 1, "data": 32},
+        "layers_per_stage": [[52]],
+    }
     assert [b["reachable"] for b in result["budgets"].values()] == [True, True, True]
     assert result["budgets"]["23b"] | {"smallest": 0} == {
         "metric": "active_params", "target": 2.8e9, "unit": "absolute", "absolute": 2.8e9, "smallest": 0,
@@ -174,6 +180,24 @@ def test_layout_problems_are_findings(small: Path) -> None:
     assert any("mamba_num_groups=2" in p for p in result["layout"]["problems"])
 
 
+def test_calibration_sequences_are_checked_where_nothing_is_trained(small: Path) -> None:
+    found = planned(small, "parallel.context=2", "rank.seq_length=30")["layout"]["problems"]
+    assert len(found) == 1 and found[0].startswith("rank: seq_length=30 is not a multiple of 4")
+    assert planned(small, "parallel.context=2", "rank.seq_length=32")["layout"]["ok"]
+
+
+def test_layers_lie_on_stages_as_the_pipeline_cuts_them(small: Path) -> None:
+    nano = planned(NANO, "parallel.pipeline=2", "parallel.virtual_pipeline=3")["layout"]
+    assert nano["ok"] and nano["layers_per_stage"] == [[8, 9, 9], [9, 9, 8]]
+    dense = planned(small, "parallel.pipeline=2")["layout"]
+    assert dense["layers_per_stage"] == [[2], [1]] and dense["dense"]["data"] is None
+    deep = planned(small, "parallel.pipeline=4")
+    assert deep["layout"]["layers_per_stage"] == [] and deep["memory_per_rank"] is None
+    assert deep["layout"]["problems"] == [
+        "parallel.pipeline=4 is more than the 3 layers; lower it to 3 or less"
+    ]
+
+
 def test_stages_set_the_memory(small: Path) -> None:
     stage = "{name: s, tokens: 1, seq_length: 64, global_batch_size: 2, micro_batch_size: 2}"
     inference, training = (
@@ -184,8 +208,8 @@ def test_stages_set_the_memory(small: Path) -> None:
     assert training["gradients"] == 2 * training["weights"] and training["teacher"] == training["weights"]
 
 
-@pytest.mark.parametrize("arguments", [[NANO], [V2], [NANO, "budgets.12b.target=1e9", "parallel.expert=3",
-                                                     "parallel.world_size=null"]])  # fmt: skip
+@pytest.mark.parametrize("arguments", [[NANO], [V2], [NANO, "budgets.12b.target=1e9", "parallel.expert=16",
+                                                     "parallel.context=8", "parallel.world_size=null"]])  # fmt: skip
 def test_people_read_tables(arguments: list[object], capsys: pytest.CaptureFixture[str]) -> None:
     args = parse(*arguments)
     assert args.handler(args) is None
@@ -195,7 +219,20 @@ def test_people_read_tables(arguments: list[object], capsys: pytest.CaptureFixtu
         assert text in shown
     if len(arguments) > 1:
         assert "out of reach" in shown and "add smaller space.choices" in shown
-        assert "layout does not fit" in shown and "parallel.expert=3" in shown
+        assert "layout does not fit" in shown and "parallel.expert=16" in shown
+
+
+def test_people_read_where_ranks_and_layers_lie(capsys: pytest.CaptureFixture[str]) -> None:
+    args = parse(NANO, "parallel.pipeline=2", "parallel.virtual_pipeline=3")
+    args.handler(args)
+    shown = capsys.readouterr().out
+    assert "dense parameters: tensor 2 x context 4 x pipeline 2 x data 16\n" in shown
+    assert "expert parameters: expert_tensor 1 x expert 8 x pipeline 2 x data 16\n" in shown
+    assert "layers per pipeline stage: 8 + 9 + 9, 9 + 9 + 8\n" in shown
+    args = parse(NANO, "parallel.world_size=null", "parallel.pipeline=64")
+    args.handler(args)
+    shown = capsys.readouterr().out
+    assert "pipeline 64 x data ?" in shown and "memory per rank" not in shown
 
 
 def test_trained_families_show_their_widths(

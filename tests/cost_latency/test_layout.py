@@ -32,6 +32,8 @@ def stage(**changes: Any) -> Stage:
         (NANO, space(), {"tensor": 2, "sequence": True, "expert": 8, "expert_tensor": 1, "context": 2}, []),
         (NANO, space(), {"pipeline": 4, "expert": 4, "world_size": 64}, [stage(global_batch_size=16)]),
         (NANO, space(), {"pipeline": 13, "virtual_pipeline": 2}, []),
+        (NANO, space(), {"pipeline": 5}, []),
+        (DENSE, None, {"pipeline": 2, "virtual_pipeline": 2, "world_size": 4}, [stage()]),
         (NANO, None, {"tensor": 4, "sequence": True, "context": 4}, [stage()]),
         (DENSE, None, {"tensor": 4, "pipeline": 3, "context": 2}, [stage()]),
         (DENSE, None, {"context": 8}, [stage()]),
@@ -81,9 +83,9 @@ MOE_TP = {"sequence": True, "expert_tensor": 1}
         (NANO, space(), {"context": 32}, [], "does not divide mamba_num_heads=56"),
         (replace(NANO, mamba_num_groups=16, mamba_num_heads=96), None, {"context": 12}, [],
          "neither a divisor nor a multiple of the 16 SSM groups"),
-        (NANO, None, {"pipeline": 3}, [], "pipeline=3 does not divide the 52 layers"),
-        (NANO, None, {"pipeline": 4, "virtual_pipeline": 2}, [], "x virtual_pipeline=2 does not divide"),
-        (NANO, None, {"pipeline": 2, "virtual_pipeline": 2}, [], "mismatches messages without an error"),
+        (NANO, None, {"pipeline": 53}, [], "parallel.pipeline=53 is more than the 52 layers"),
+        (DENSE, None, {"pipeline": 2, "virtual_pipeline": 4}, [],
+         "parallel.pipeline=2 x virtual_pipeline=4 = 8 is more than the 6 layers"),
         (NANO, None, {"virtual_pipeline": 2}, [], "virtual_pipeline needs parallel.pipeline above 1"),
         (NANO, None, {"context": 2}, [stage(seq_length=66)], "seq_length=66 is not a multiple of 4"),
         (NANO, None, {"tensor": 8, "context": 4, **MOE_TP}, [stage(seq_length=48)],
@@ -159,23 +161,23 @@ def test_tensor_rules_are_those_of_transformer_config() -> None:
     assert verdicts == {True, False}
 
 
-def test_pipeline_split_is_megatrons(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipeline_split_is_megatrons_where_it_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.models.hybrid import hybrid_layer_allocation as allocation
 
-    from elastic_megatron.cost.rank_memory import layers_of_stage
+    from elastic_megatron.cost.rank_memory import chunks_of_stage
 
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: 0 if group is None else group.stage)
     monkeypatch.setattr(
         torch.distributed, "get_world_size", lambda group=None: 1 if group is None else group.stages
     )
     monkeypatch.setattr(allocation, "log_on_each_pipeline_stage", lambda *args, **kwargs: None)
-    for stages in range(2, 8):
+    for stages in range(2, 7):
         parallel, group = Parallel(pipeline=stages), SimpleNamespace(stages=stages, stage=0)
-        fits = not check_layout(DENSE, None, parallel)
+        assert check_layout(DENSE, None, parallel) == []
         for group.stage in range(stages):
-            if not fits:
+            if DENSE.num_layers % stages:
                 with pytest.raises(ValueError, match="evenly divisible"):
                     allocation.select_pipeline_segment(DENSE.hybrid_layer_pattern, group, None)  # type: ignore[arg-type]
                 continue
             chosen, _ = allocation.select_pipeline_segment(DENSE.hybrid_layer_pattern, group, None)  # type: ignore[arg-type]
-            assert "".join(chosen) == layers_of_stage(DENSE, parallel, group.stage)
+            assert chunks_of_stage(DENSE, parallel, group.stage) == ["".join(chosen)]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from layout_shapes import DENSE, NANO
 
-from elastic_megatron.cost import account
+from elastic_megatron.cost import account, rank_memory
 from elastic_megatron.cost.layout import memory_per_rank
 from elastic_megatron.cost.rank_memory import params_per_rank
 from elastic_megatron.recipe.training import Parallel
@@ -26,7 +26,9 @@ def memory(shape: ParentShape, layout: dict[str, Any] | None = None, **changes: 
 
 
 @pytest.mark.parametrize("shape", [NANO, DENSE])
-@pytest.mark.parametrize("layout", [{}, {"pipeline": 2}, {"pipeline": 3, "virtual_pipeline": 2}])
+@pytest.mark.parametrize(
+    "layout", [{}, {"pipeline": 2}, {"pipeline": 4}, {"pipeline": 5}, {"pipeline": 3, "virtual_pipeline": 2}]
+)
 def test_stages_together_hold_every_parameter_once(shape: ParentShape, layout: dict[str, Any]) -> None:
     parallel = Parallel(**layout)
     held = sum(sum(params_per_rank(shape, parallel, stage)) for stage in range(parallel.pipeline))
@@ -111,9 +113,81 @@ def test_sequence_parallelism_splits_activations_only() -> None:
     assert sequence["activations"] < tensor["activations"] and sequence["weights"] == tensor["weights"]
 
 
-def test_interleaved_pipelines_keep_more_activations() -> None:
-    """1 + (p - 1) / (p v) times as many on the first stage (arXiv 2104.04473, 2205.05198), here 4/3."""
-    shape = replace(DENSE, hybrid_layer_pattern="MMMMMM", vocab_size=2)
-    plain = memory(shape, {"pipeline": 3}, teacher=False)["activations"]
-    chunks = memory(shape, {"pipeline": 3, "virtual_pipeline": 2}, teacher=False)["activations"]
-    assert chunks == pytest.approx(plain * 4 / 3)
+def schedule_in_flight(stages: int, chunks: int | None, stage: int, micro_batches: int) -> float:
+    """Most micro-batches kept at once, by walking 1F1B: warm-up forwards, then a forward before each backward.
+
+    The warm-ups are those of Megatron's ``get_pp_rank_microbatches``.
+    """
+    total = micro_batches * (chunks or 1)
+    warmup = stages - stage - 1 if chunks is None else 2 * (stages - stage - 1) + (chunks - 1) * stages
+    held = peak = min(warmup, total)
+    for _ in range(total - held):
+        held += 1
+        peak = max(peak, held)
+        held -= 1
+    return peak / (chunks or 1)
+
+
+@pytest.mark.parametrize("chunks", [None, 2, 5])
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_activations_in_flight_are_those_of_the_schedule(stages: int, chunks: int | None) -> None:
+    """Equal chunks and no ends to speak of: a stage's activations are what it keeps, times one micro-batch's."""
+    layers = stages * (chunks or 1)
+    shape = replace(DENSE, hybrid_layer_pattern="M" * layers, vocab_size=2)
+    alone = replace(shape, hybrid_layer_pattern="M" * (chunks or 1))
+    one, embedded = (memory(alone, teacher=False)["activations"] - 256 * 6, 2 * 256 * 128)
+    parallel = Parallel(pipeline=stages, virtual_pipeline=chunks)
+    for stage in range(stages):
+        expected = schedule_in_flight(stages, chunks, stage, 100 * stages)
+        kept = one - embedded * (stage > 0)
+        found = rank_memory._activations(shape, parallel, stage, 2, True, 128, False, False)
+        assert found == pytest.approx(expected * kept)
+
+
+def test_a_stage_keeps_the_teachers_hidden_states_with_the_message_that_brought_them() -> None:
+    shape, entry = replace(DENSE, hybrid_layer_pattern="MMMMM"), 2 * 256 * 128
+    for layout, in_flight, chunks in (
+        ({"pipeline": 2}, 1, 1),
+        ({"pipeline": 2, "virtual_pipeline": 2}, (2 + 1) / 2, 2),
+    ):
+        for stage, received in ((0, chunks - 1), (1, chunks)):
+            parallel = Parallel(**layout)
+            alone, both = (
+                rank_memory._activations(shape, parallel, stage, 2, True, 128, teacher, True)
+                for teacher in (False, True)
+            )
+            warm = in_flight + (1 if stage == 0 else 0)
+            assert both - alone == pytest.approx(warm * received * entry)
+
+
+def test_the_fullest_stage_is_priced() -> None:
+    """Six layers on four stages are 1, 2, 2, 1; a large vocabulary makes the ends heavier all the same."""
+    small, large = replace(DENSE, vocab_size=64), replace(DENSE, vocab_size=2**17)
+    for shape, stage in ((small, 1), (large, 3)):
+        parallel = Parallel(pipeline=4)
+        weights = [2 * sum(params_per_rank(shape, parallel, s)) for s in range(4)]
+        assert memory(shape, {"pipeline": 4})["weights"] == weights[stage]
+        assert memory(shape, {"pipeline": 4}, training=False)["teacher"] == weights[stage]
+    assert sum(params_per_rank(small, parallel, 1)) > sum(params_per_rank(small, parallel, 0))
+
+
+def test_a_tied_embedding_is_copied_to_the_last_stage() -> None:
+    """Megatron's output layer of the last stage shares the word embeddings by a copy kept equal."""
+    tied, free = replace(DENSE, tie_embeddings=True), DENSE
+    for stages in (2, 3):
+        parallel = Parallel(pipeline=stages)
+        for stage in range(stages):
+            assert params_per_rank(tied, parallel, stage) == params_per_rank(free, parallel, stage)
+
+
+@pytest.mark.parametrize(
+    ("layout", "world"),
+    [
+        ({"tensor": 2, "sequence": True, "expert": 8, "expert_tensor": 1, "context": 2}, 8),
+        ({"tensor": 2, "sequence": True, "expert": 4, "expert_tensor": 1, "context": 3, "pipeline": 2}, 24),
+    ],
+)
+def test_without_a_world_size_the_smallest_job_is_priced(layout: dict[str, Any], world: int) -> None:
+    assert memory(NANO, layout, distributed_optimizer=True) == memory(
+        NANO, layout | {"world_size": world}, distributed_optimizer=True
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from elastic_megatron.checkpoint.slice import permute_state
+from elastic_megatron.checkpoint.sort import sort_orders
 from elastic_megatron.importance import Ranking, order_of
 from elastic_megatron.space import ElasticSpace, ParentShape, axis
 
@@ -116,6 +118,13 @@ def random_ranking(parent: ParentShape, axes: tuple[str, ...], seed: int = 0) ->
             scores[f"layers.{i}.{a}"] = draw(*experts, parent.size(a))
     orders = {k: order_of(v, parent.groups(k.rpartition(".")[2])) for k, v in scores.items()}
     return Ranking(scores, orders, {}, parent.hybrid_layer_pattern, 0, "")
+
+
+def sorted_state(
+    space: ElasticSpace, ranking: Ranking, state: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The same model, sorted, tensor by tensor: what ``sort_model`` must make of it in place."""
+    return permute_state(space.parent, sort_orders(space, ranking), state.items())
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -40,7 +40,7 @@ def nmse_without(small: nn.Module, ids: Tensor, dropped: list[int]) -> float:
 def ranked(small: nn.Module, batches: list[Tensor], iterative: bool):
     with exact():
         return collect(
-            small, SHAPE, [{"tokens": b} for b in batches], axes=["num_layers"], depth_batches=2,
+            [small], SHAPE, [{"tokens": b} for b in batches], axes=["num_layers"], depth_batches=2,
             depth_iterative=iterative,
         )  # fmt: skip
 

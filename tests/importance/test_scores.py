@@ -20,7 +20,7 @@ KEPT = 4
 
 def ranked(model: nn.Module, batches: list[Tensor], axes: tuple[str, ...] = WIDTHS, **more) -> Ranking:
     with exact():
-        return collect(model, PARENT, [{"tokens": b} for b in batches], axes=axes, **more)
+        return collect([model], PARENT, [{"tokens": b} for b in batches], axes=axes, **more)
 
 
 def layer_inputs(model: nn.Module, ids: Tensor) -> list[Tensor]:
@@ -160,22 +160,6 @@ def test_results_do_not_depend_on_the_batch_split(model, ids, ranking):
     assert ranked(model, [tokens(seed=5)], ("hidden_size",)).data_digest != ranking.data_digest
 
 
-def test_reduced_sums_of_two_ranks_rank_like_one(model, ids, ranking):
-    sent: list[Tensor] = []
-
-    def send(x: Tensor) -> Tensor:
-        sent.append(x.clone())
-        return x
-
-    ranked(model, [ids[:1]], head_dim_kept=KEPT, reduce=send)
-    both = ranked(model, [ids[1:]], head_dim_kept=KEPT, reduce=lambda x: x + sent.pop(0))
-    assert not sent and both.data_digest == ranking.data_digest and both.token_count == ids.numel()
-    for key, score in ranking.scores.items():
-        assert relative(both.scores[key], score) < 1e-12, key
-    for layer, seen in ranking.tokens.items():
-        assert torch.equal(both.tokens[layer], seen)
-
-
 def test_experts_without_tokens_and_dead_channels_are_reported(ids):
     model = build(seed=3)
     with torch.no_grad():
@@ -265,7 +249,7 @@ def test_bad_requests_are_user_errors(model, ids):
         ranked(model, [ids], ("hidden",))
     dense = PARENT.override(hybrid_layer_pattern="M-")
     with pytest.raises(UserError, match="no such layer"):
-        collect(model, dense, [{"tokens": ids}], axes=["num_moe_experts"])
+        collect([model], dense, [{"tokens": ids}], axes=["num_moe_experts"])
     with pytest.raises(UserError, match="no calibration data"):
         ranked(model, [], ("hidden_size",))
     broken = build()

@@ -6,10 +6,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from importance_models import CHOICES, PARENT, build, logits, random_ranking, relative, space_of, tokens
+from importance_models import (
+    CHOICES,
+    PARENT,
+    build,
+    logits,
+    random_ranking,
+    relative,
+    sorted_state,
+    space_of,
+    tokens,
+)
 
 from elastic_megatron.checkpoint.slice import slice_state, weights
-from elastic_megatron.checkpoint.sort import sort_orders, sort_space, sorted_state
+from elastic_megatron.checkpoint.sort import sort_model, sort_orders, sort_space
 from elastic_megatron.errors import UserError
 from elastic_megatron.importance import collect, order_of
 from elastic_megatron.space import ElasticSpace, ParentShape, SubmodelSpec, stored_order, undeal
@@ -33,18 +43,20 @@ def fill(target, tensors):
 def test_law_2_sorting_leaves_logits_unchanged(model, target, axes):
     ids, space, state = tokens(), space_of(*axes), weights(model.state_dict())
     ranking = random_ranking(PARENT, axes, seed=len(axes))
-    moved = dict(sorted_state(space, ranking, state.items()))
-    assert moved.keys() == state.keys()
+    sort_model([fill(target, state)], space, ranking)
+    moved = weights(target.state_dict())
     assert any(not torch.equal(moved[k], state[k]) for k in state), "nothing was sorted"
-    assert relative(logits(fill(target, moved.items()), ids), logits(model, ids)) < 1e-12
+    assert relative(logits(target, ids), logits(model, ids)) < 1e-12
+    truth = dict(sorted_state(space, ranking, state))
+    assert truth.keys() == moved.keys() and all(torch.equal(moved[k], truth[k]) for k in truth)
 
 
 def test_law_2_for_a_measured_ranking(model, target):
     ids, space = tokens(), space_of(*EVERY)
-    ranking = collect(model, PARENT, [{"tokens": ids}], axes=EVERY, depth_iterative=False)
-    fill(target, sorted_state(space, ranking, weights(model.state_dict()).items()))
+    ranking = collect([model], PARENT, [{"tokens": ids}], axes=EVERY, depth_iterative=False)
+    sort_model([fill(target, weights(model.state_dict()))], space, ranking)
     assert relative(logits(target, ids), logits(model, ids)) < 1e-12
-    again = collect(target, PARENT, [{"tokens": ids}], axes=("hidden_size", "num_moe_experts"))
+    again = collect([target], PARENT, [{"tokens": ids}], axes=("hidden_size", "num_moe_experts"))
     for layer in PARENT.layers_of("E"):
         key = f"layers.{layer}.num_moe_experts"
         dealt = stored_order(ranking.orders[key].tolist(), space.lanes_of("num_moe_experts"))
@@ -77,7 +89,7 @@ def test_a_slice_of_the_sorted_model_holds_exactly_the_top_components(model, cho
     spec = SubmodelSpec.of({a: space.choices_of(a)[c] for a, c in choice.items()})
     ranking = random_ranking(PARENT, EVERY, seed)
     space, state = sort_space(space, ranking), weights(model.state_dict())
-    cut = dict(slice_state(space, spec, sorted_state(space, ranking, state.items())))
+    cut = dict(slice_state(space, spec, sorted_state(space, ranking, state)))
 
     def top(key: str, axis: str) -> list[int]:
         order = ranking.orders[key].view(PARENT.groups(axis), -1)

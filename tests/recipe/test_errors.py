@@ -165,6 +165,24 @@ WRONG = {
         f"stages:\n- {{{STAGE}, micro_batch_size: 3}}",
         "r.yaml:5:42: stages[0].global_batch_size: 4 is not a multiple of micro_batch_size = 3",
     ),
+    "draw cuts a micro-batch": (
+        f"stages:\n- {{{STAGE}, micro_batch_size: 2, samples_per_draw: 3}}",
+        "r.yaml:5:85: stages[0].samples_per_draw: 3 is not a multiple of micro_batch_size = 2",
+    ),
+    "step cuts a draw": (
+        f"stages:\n- {{{STAGE}, samples_per_draw: 3}}",
+        "r.yaml:5:42: stages[0].global_batch_size: 4 is not a multiple of samples_per_draw = 3",
+    ),
+    "draws of ranks that share experts": (
+        f"{BUDGETS}parallel: {{tensor: 2, expert: 8, expert_tensor: 1}}\nstages:\n- {{{STAGE}, samples_per_draw: 2}}",
+        "r.yaml:10:64: stages[0].samples_per_draw: must be a multiple of 4, since 4 data-parallel ranks of "
+        "micro_batch_size 1 share experts, and with them a draw; write 4",
+    ),
+    "one draw a micro-batch, shared experts": (
+        f"{BUDGETS}parallel: {{expert: 2}}\nstages:\n- {{{STAGE}, micro_batch_size: 2}}",
+        "r.yaml:10:3: stages[0].samples_per_draw: must be a multiple of 4, since 2 data-parallel ranks of "
+        "micro_batch_size 2 share experts, and with them a draw; write 4",
+    ),
     "two stages of one name": (
         f"loss: {{kind: cross_entropy}}\nstages:\n- {{{STAGE}}}\n- {{{STAGE}}}",
         "r.yaml:7:4: stages[1].name: 'a' is already the name of stages[0]",
@@ -196,6 +214,14 @@ WRONG = {
     "virtual pipeline alone": (
         "parallel: {virtual_pipeline: 2}",
         "r.yaml:4:12: parallel.virtual_pipeline: needs parallel.pipeline above 1",
+    ),
+    "one virtual chunk": (
+        "parallel: {pipeline: 2, virtual_pipeline: 1}",
+        "r.yaml:4:25: parallel.virtual_pipeline: must be greater than or equal to 2, got 1",
+    ),
+    "dispatcher": (
+        "parallel: {dispatcher: all2all}",
+        "r.yaml:4:12: parallel.dispatcher: must be 'alltoall' or 'allgather', got 'all2all', did you mean 'alltoall'?",
     ),
     "world size": (
         "parallel: {world_size: 12, tensor: 2, pipeline: 2, context: 2}",

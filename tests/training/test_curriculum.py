@@ -74,22 +74,33 @@ def test_places_depend_on_nothing_but_the_step(recipe: Callable[..., Recipe]) ->
     assert [other.place(s) for s in reversed(range(5))][::-1] == forwards
 
 
-def test_budget_draws_are_functions_of_seed_step_micro_batch_and_rank(recipe: Callable[..., Recipe]) -> None:
-    def draws(seed: int, ranks: int = 2) -> list[str]:
+def test_budget_draws_are_functions_of_seed_step_and_unit(recipe: Callable[..., Recipe]) -> None:
+    def draws(seed: int) -> list[list[str]]:
         c = Curriculum(recipe(stages=[stage("a", 40)], seed=seed))
-        return [c.draw_budget(c.place(s), m, r) for s in range(40) for m in range(3) for r in range(ranks)]
+        return [[c.draw_budget(c.place(s), unit) for s in range(40)] for unit in range(3)]
 
     assert draws(1) == draws(1) != draws(2)
-    assert {*draws(1)} == {"full", "medium", "small"}
-    by_rank = [draws(1)[r::2] for r in range(2)]
-    assert by_rank[0] != by_rank[1] and by_rank[0] == draws(1, ranks=1)
+    one, other, third = draws(1)
+    assert one != other != third != one and {*one} == {"full", "medium", "small"}
+
+
+@pytest.mark.parametrize(("micro", "per_draw"), [(1, None), (1, 4), (2, 2), (2, 6), (4, 12)])
+def test_the_draw_of_a_sample_depends_on_neither_micro_batches_nor_ranks(
+    recipe: Callable[..., Recipe], micro: int, per_draw: int | None
+) -> None:
+    more = {} if per_draw is None else {"samples_per_draw": per_draw}
+    c = Curriculum(recipe(stages=[stage("a", 2, batch=12, micro_batch_size=micro, **more)]))
+    size = per_draw or micro
+    for place in (c.place(0), c.place(1)):
+        units = [c.unit(place, sample) for sample in range(12)]
+        assert units == [sample // size for sample in range(12)]
 
 
 def test_budget_draws_have_the_stages_frequencies(recipe: Callable[..., Recipe]) -> None:
     probs = {"full": 0.5, "small": 0.5}
     c = Curriculum(recipe(stages=[stage("a", 2000), stage("b", 2000, budget_probs=probs)]))
     first, second = (
-        [c.draw_budget(c.place(s), 0, 0) for s in steps] for steps in (range(2000), range(2000, 4000))
+        [c.draw_budget(c.place(s), 0) for s in steps] for steps in (range(2000), range(2000, 4000))
     )
     for name in ("full", "medium", "small"):
         assert abs(first.count(name) / 2000 - 1 / 3) < 0.05

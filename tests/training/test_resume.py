@@ -19,7 +19,7 @@ from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from elastic_megatron.blocks import build_elastic_model
-from elastic_megatron.checkpoint import distributed
+from elastic_megatron.checkpoint import distributed, tracker
 from elastic_megatron.checkpoint.manifest import FILE, Manifest
 from elastic_megatron.checkpoint.resolve import elastic_space
 from elastic_megatron.checkpoint.tracker import TRACKER, newest
@@ -47,8 +47,8 @@ def state_of(recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, Any]]:
     model = build_student(recipe, source, elastic_space(recipe, source.manifest))
     path = newest(recipe.run_dir / "checkpoints")
     assert path is not None
-    distributed.load(path, model.bare, optimizer=model.optimizer)
-    weights = {n: t.clone() for n, t in model.bare.state_dict().items() if isinstance(t, Tensor)}
+    distributed.load(path, model.chunks, optimizer=model.optimizer)
+    weights = {n: t.clone() for n, t in model.chunks[0].state_dict().items() if isinstance(t, Tensor)}
     moments = {
         f"{n}.{key}": value.clone()
         for n, p in enumerate(model.optimizer.get_parameters())
@@ -91,7 +91,7 @@ def state_of_parent(recipe: Recipe) -> dict[str, Tensor]:
     space = elastic_space(recipe, source.manifest)
     assert space is not None
     model = build_elastic_model(space)
-    source.fill(model)
+    source.fill([model])
     return {n: t.clone() for n, t in model.state_dict().items() if isinstance(t, Tensor)}
 
 
@@ -169,7 +169,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "side files": (shutil, "copy2"),
     "rename": (Path, "rename"),
     "tracker": (os, "replace"),
-    "pruning": (distributed, "_prune"),
+    "pruning": (tracker, "prune"),
 }
 
 
@@ -185,7 +185,7 @@ def test_a_crash_at_any_moment_of_a_save_leaves_a_loadable_checkpoint(
     model = build_student(uninterrupted, source, elastic_space(uninterrupted, source.manifest))
     old = newest(root)
     assert old is not None and old.name == "iter_0000006"
-    distributed.load(old, model.bare, optimizer=model.optimizer)
+    distributed.load(old, model.chunks, optimizer=model.optimizer)
     manifest = Manifest.read(old / FILE)
     owner, name = MOMENTS[moment]
     original = getattr(owner, name)
@@ -201,7 +201,7 @@ def test_a_crash_at_any_moment_of_a_save_leaves_a_loadable_checkpoint(
             distributed.save(
                 root,
                 7,
-                model.bare,
+                model.chunks,
                 manifest,
                 optimizer=model.optimizer,
                 state={"step": 7},
@@ -211,12 +211,12 @@ def test_a_crash_at_any_moment_of_a_save_leaves_a_loadable_checkpoint(
     found = newest(root)
     new = moment == "pruning" or (moment == "tracker" and after)
     assert found is not None and found.name == ("iter_0000007" if new else "iter_0000006")
-    assert distributed.load(found, model.bare, optimizer=model.optimizer)["step"] == (7 if new else 6)
+    assert distributed.load(found, model.chunks, optimizer=model.optimizer)["step"] == (7 if new else 6)
     # and the next save succeeds over the remains
     distributed.save(
         root,
         7,
-        model.bare,
+        model.chunks,
         manifest,
         optimizer=model.optimizer,
         state={"step": 7},
@@ -225,7 +225,7 @@ def test_a_crash_at_any_moment_of_a_save_leaves_a_loadable_checkpoint(
     )
     assert [p.name for p in sorted(root.glob("iter_*"))] == ["iter_0000007"]
     assert not list(root.glob(".iter_*"))
-    assert distributed.load(root / "iter_0000007", model.bare)["step"] == 7
+    assert distributed.load(root / "iter_0000007", model.chunks)["step"] == 7
 
 
 def test_only_the_last_checkpoints_are_kept(uninterrupted: Recipe) -> None:

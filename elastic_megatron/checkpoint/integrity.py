@@ -1,0 +1,116 @@
+"""Digests of a checkpoint's files, so that damage is an error with a name and never a wrong weight.
+
+``integrity.json`` is the file that Megatron's ``dist_checkpointing`` writes and checks with ``verify_integrity=True``
+(SHA-256 of every file), with the sizes beside it. Megatron hashes on rank 0 and as a last pass over the finished
+checkpoint; here the process that wrote a shard hashes it right after writing, and on loading the files are dealt to
+the ranks. torch itself notices missing files and shards that end too early, but no changed byte of a tensor.
+No torch: a login node may verify.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+FILE = "integrity.json"
+ALGORITHM = "sha256"
+_PARTS = "digests.{}.json"
+
+
+def digest_part(folder: Path, rank: int, files: Iterable[Path]) -> None:
+    """Leave the digests of the files that a rank wrote in ``folder``, for ``seal``.
+
+    A disk that is full is not reported here but by Megatron's writer, to all ranks.
+    """
+    with contextlib.suppress(OSError):
+        _write(folder / _PARTS.format(rank), {f.name: _entry(f) for f in files})
+
+
+def seal(folder: Path) -> None:
+    """Write ``integrity.json`` over every file of a finished folder; files that no rank digested are read here."""
+    known: dict[str, list[Any]] = {}
+    for part in folder.glob(_PARTS.format("*")):
+        with contextlib.suppress(ValueError):  # cut short by a disk that was full for a moment
+            known |= json.loads(part.read_text())
+        part.unlink()
+    names = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
+    entries = {n: known.get(n) or _entry(folder / n) for n in names if n != FILE}
+    _write(
+        folder / FILE,
+        {
+            "algorithm": ALGORITHM,
+            "files": {n: digest for n, (_, digest) in entries.items()},
+            "sizes": {n: size for n, (size, _) in entries.items()},
+        },
+    )
+
+
+def verify(folder: Path, rank: int = 0, world: int = 1) -> None:
+    """Compare this rank's share of the files with ``integrity.json``; without that file nothing is compared.
+
+    Raises ``UserError`` that names the first file that is missing, cut short or changed.
+    """
+    file = folder / FILE
+    if not file.exists():
+        return
+    try:
+        data = json.loads(file.read_text())
+        files, sizes = dict(data["files"]), dict(data.get("sizes", {}))
+        algorithm = data["algorithm"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{file} is damaged ({type(e).__name__}: {e}); {_REMEDY}") from None
+    if algorithm != ALGORITHM:
+        raise UserError(f"{file} has algorithm {algorithm!r}, this release reads {ALGORITHM!r}; {_REMEDY}")
+    for name in _share({n: sizes.get(n, 0) for n in files}, rank, world):
+        if problem := _problem(folder / name, sizes.get(name), files[name]):
+            raise UserError(f"{folder / name} {problem}; {_REMEDY}")
+
+
+_REMEDY = "name an older iteration in the tracker file, or restore this one from a backup"
+
+
+def _problem(file: Path, size: int | None, digest: str) -> str | None:
+    try:
+        found = file.stat().st_size
+        if size is not None and found != size:
+            return f"has {found} bytes instead of {size}"
+        return None if _digest(file) == digest else "is damaged: its bytes are not those that were saved"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as e:
+        return f"cannot be read ({e.strerror})"
+
+
+def _share(sizes: dict[str, int], rank: int, world: int) -> list[str]:
+    """The files of one rank: the largest first, each to the rank that has least to read."""
+    shares: list[list[str]] = [[] for _ in range(world)]
+    loads = [0] * world
+    for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
+        least = loads.index(min(loads))
+        shares[least].append(name)
+        loads[least] += sizes[name]
+    return shares[rank]
+
+
+def _entry(file: Path) -> tuple[int, str]:
+    return file.stat().st_size, _digest(file)
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, ALGORITHM).hexdigest()
+
+
+def _write(file: Path, data: dict[str, Any]) -> None:
+    with open(file, "w") as f:
+        json.dump(data, f, indent=1)
+        f.write("\n")
+        f.flush()
+        os.fsync(f.fileno())

@@ -1,0 +1,53 @@
+"""Start the runtime in a recipe's parallel layout."""
+
+from __future__ import annotations
+
+import os
+
+from .. import runtime
+from ..cost.layout import check_layout, check_sequence
+from ..errors import UserError
+from ..recipe import Recipe
+from ..recipe.training import Parallel
+from ..space import ElasticSpace, ParentShape
+
+
+def start(recipe: Recipe, shape: ParentShape, space: ElasticSpace | None) -> runtime.Runtime:
+    """Process groups for ``recipe.parallel`` on the ranks that were started.
+
+    Raises ``UserError`` for a layout that does not fit the model, one of its submodels, a stage's batches or the
+    number of ranks, with the first problem in one line.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    parallel = recipe.parallel
+    if parallel.world_size not in (None, world):
+        raise UserError(
+            f"parallel.world_size is {parallel.world_size}, but {world} processes were started; start "
+            f"{parallel.world_size} or set parallel.world_size={world}"
+        )
+    parallel = parallel.model_copy(update={"world_size": world})
+    if problems := check_layout(shape, space, parallel, recipe.stages):
+        more = f" (and {len(problems) - 1} more; see `plan`)" if len(problems) > 1 else ""
+        raise UserError(problems[0] + more)
+    return _start(recipe.seed, parallel)
+
+
+def start_whole_stages(recipe: Recipe, shape: ParentShape, space: ElasticSpace | None) -> runtime.Runtime:
+    """As ``start`` for one pass over data: a pipeline stage is one chunk, and training's batches do not matter."""
+    parallel = recipe.parallel.model_copy(update={"virtual_pipeline": None})
+    for problem in check_sequence(parallel, "rank", recipe.rank.seq_length):
+        raise UserError(problem)
+    return start(recipe.model_copy(update={"parallel": parallel, "stages": ()}), shape, space)
+
+
+def _start(seed: int, parallel: Parallel) -> runtime.Runtime:
+    return runtime.start(
+        seed=seed,
+        tensor=parallel.tensor,
+        sequence=parallel.sequence,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+        context=parallel.context,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
+    )

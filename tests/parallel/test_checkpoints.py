@@ -1,0 +1,161 @@
+"""Checkpoints between layouts, and under kill -9."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import checkpoint_jobs
+import psutil
+import pytest
+import torch
+from layouts import LAYOUTS, Layout
+from megatron.core import dist_checkpointing
+from pool import RankPool
+from saved_models import whole
+
+from elastic_megatron.checkpoint import integrity, tracker
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+SIZES = ("tensor", "sequence", "expert", "expert_tensor", "pipeline", "virtual_pipeline", "context")
+
+
+def sizes(layout: Layout) -> dict[str, int]:
+    return {key: value for key, value in layout.parallel.items() if key in SIZES}
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saved by one process, and again a step later."""
+    root = tmp_path_factory.mktemp("saved")
+    ranks.run(checkpoint_jobs.save, 1, str(root), 1, {})
+    ranks.run(checkpoint_jobs.save, 1, str(root), 2, {}, steps=3)
+    return root
+
+
+def different(layout: Layout) -> bool:
+    """By how tensors are placed."""
+    first = next(other for other in LAYOUTS if (other.world, sizes(other)) == (layout.world, sizes(layout)))
+    return layout is first
+
+
+@pytest.mark.parametrize("layout", filter(different, LAYOUTS), ids=lambda layout: layout.name)
+def test_a_checkpoint_survives_any_layout_bit_by_bit(
+    layout: Layout, saved: Path, ranks: RankPool, tmp_path: Path, record: Callable[[str, str], None]
+) -> None:
+    """From one process to the layout and back: weights, router and optimizer; and the step after loading is its."""
+    record(layout.name, "resume")
+    source, step_later = whole(saved / "iter_0000001"), whole(saved / "iter_0000002")
+    states = ranks.run(
+        checkpoint_jobs.copy, layout.world, str(saved / "iter_0000001"), str(tmp_path), 11, sizes(layout)
+    )
+    ranks.run(checkpoint_jobs.copy, 1, str(tmp_path / "iter_0000011"), str(tmp_path), 21, {})
+    assert states == [{"step": 1}] * layout.world
+    for iteration, expected in ((11, source), (12, step_later), (21, source), (22, step_later)):
+        found = whole(tracker.folder(tmp_path, iteration))
+        assert (
+            found.keys() == expected.keys()
+            and "optimizer.state.exp_avg.budget_router.heads.hidden_size.0.weight"
+        )
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), (iteration, name)
+
+
+@pytest.mark.parametrize("odd", [0, 2])
+def test_routers_that_differ_between_ranks_are_not_saved(ranks: RankPool, tmp_path: Path, odd: int) -> None:
+    told = ranks.run(checkpoint_jobs.save_different_routers, 4, str(tmp_path), {"pipeline": 2}, odd)
+    assert len({*told}) == 1 and not list(tmp_path.iterdir())
+    others = [1, 2, 3] if odd == 0 else [2]
+    assert told[0].startswith(f"the budget router of ranks {others} differs from that of rank 0")
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "__2_0.distcp", "elastic.json"])
+def test_all_ranks_hear_of_the_file_that_one_of_them_found_damaged(
+    ranks: RankPool, tmp_path: Path, name: str
+) -> None:
+    ranks.run(checkpoint_jobs.save, 3, str(tmp_path), 1, {})
+    file = tmp_path / "iter_0000001" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    told = ranks.run(checkpoint_jobs.load, 3, str(file.parent), {})
+    assert len({*told}) == 1 and told[0].startswith(f"{file} is damaged") and "\n" not in told[0]
+
+
+@pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("full", [0, 1])
+def test_all_ranks_hear_of_a_disk_that_is_full_for_one(
+    ranks: RankPool, tmp_path: Path, full: int, async_save: bool
+) -> None:
+    told = ranks.run(checkpoint_jobs.save_on_full_disk, 2, str(tmp_path), full, async_save)
+    assert all("cannot be written" in line and "\n" not in line for line in told), told
+    named = tracker.newest(tmp_path)
+    assert named == tmp_path / "iter_0000001" and whole(named)
+
+
+KILLS = 24
+
+
+def test_kill_9_in_a_save_never_costs_a_checkpoint(ranks: RankPool, tmp_path: Path) -> None:
+    """Some rank or all, at some moment, saving in the foreground or the background; one root for all attempts."""
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    rng, root, pace, last, caught = random.Random(seed), tmp_path / "checkpoints", 1.0, 0, 0
+    for attempt in range(KILLS):
+        world, async_save, alive = rng.choice([1, 2]), rng.random() < 0.6, tmp_path / f"alive{attempt}"
+        alive.mkdir()
+        job = ranks.start(checkpoint_jobs.save_without_end, world, str(root), str(alive), async_save)
+        wait_until(lambda folder, there: len(list(folder.iterdir())) == there, alive, world)
+        began, more = time.monotonic(), rng.randint(0, 2)
+        for _ in range(more):
+            wait_until(lambda folder, before: named_in(folder) != before, root, named_in(root))
+        pace = (time.monotonic() - began) / more if more else pace
+        time.sleep(
+            rng.uniform(0.0, 2 * pace)
+        )  # the same iteration is saved twice, and the tracker shows it once
+        for rank in rng.sample(range(world), rng.randint(1, world)):
+            kill(ranks.pids[1 + rank])
+        outcomes = job.wait(timeout=30)
+        assert "died" in {outcome.how for outcome in outcomes}, [(o.error, o.detail) for o in outcomes]
+        caught += any(root.glob(".iter_*"))
+        last = count_of(root, at_least=last)
+    assert last > KILLS and caught > KILLS / 4, (last, caught)
+
+
+def named_in(root: Path) -> str:
+    file = root / tracker.TRACKER
+    return file.read_text() if file.exists() else ""
+
+
+def wait_until(done: Callable[..., bool], *arguments: object) -> None:
+    until = time.monotonic() + 60.0
+    while not done(*arguments):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def kill(pid: int) -> None:
+    """One process; what it has forked must notice by itself."""
+    forked = psutil.Process(pid).children(recursive=True)
+    os.kill(pid, signal.SIGKILL)
+    _, left = psutil.wait_procs(forked, timeout=5)
+    assert not left, left
+
+
+def count_of(root: Path, at_least: int) -> int:
+    """The save that the root names now: whole, and nothing in it is of another save."""
+    named = tracker.newest(root)
+    if named is None:
+        assert at_least == 0
+        return 0
+    integrity.verify(named)
+    count = dist_checkpointing.load_common_state_dict(str(named))["state"]["count"]
+    assert count >= at_least and named.name.startswith((f"iter_{count // 2:07d}", f".iter_{count // 2:07d}"))
+    for name, tensor in whole(named).items():
+        assert (tensor == count).all(), (count, name, tensor)
+    return count
