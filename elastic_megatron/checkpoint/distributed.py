@@ -35,7 +35,7 @@ from .manifest import FILE, Manifest
 def save(
     directory: Path,
     iteration: int,
-    chunks: Sequence[nn.Module] | nn.Module,
+    chunks: Sequence[nn.Module],
     manifest: Manifest,
     *,
     optimizer: Any = None,
@@ -78,7 +78,7 @@ class Saver:
     def save(
         self,
         iteration: int,
-        chunks: Sequence[nn.Module] | nn.Module,
+        chunks: Sequence[nn.Module],
         manifest: Manifest,
         *,
         optimizer: Any = None,
@@ -103,7 +103,7 @@ class Saver:
 
         self.finish()
         _forget_results()
-        check_replicas([chunk for _, chunk in _named(chunks)])
+        check_replicas(chunks)
         with same_on_all_ranks(f"{self.directory} cannot be written"):
             if _rank() == 0:
                 tracker.begin(self.directory, iteration)
@@ -166,7 +166,7 @@ class Saver:
                 tracker.prune(self.directory, self.keep_last)
 
 
-def load(path: Path, chunks: Sequence[nn.Module] | nn.Module, *, optimizer: Any = None) -> dict[str, Any]:
+def load(path: Path, chunks: Sequence[nn.Module], *, optimizer: Any = None) -> dict[str, Any]:
     """Load weights (and optimizer) from an ``iter_*`` folder into built chunks; returns the saved ``state``.
 
     Collective over all ranks, which share the work of verifying the files.
@@ -186,26 +186,25 @@ def load(path: Path, chunks: Sequence[nn.Module] | nn.Module, *, optimizer: Any 
         try:
             with _unlogged():
                 loaded = dist_checkpointing.load(shards, str(path))
+            for name, chunk in _named(chunks):
+                chunk.load_state_dict(loaded[name], strict=False)
+            if optimizer is not None:
+                with torch.no_grad():  # the fp32 path copies into views of leaves
+                    optimizer.load_state_dict(loaded["optimizer"])
         except (Exception, CheckpointException) as e:  # backends raise all kinds; torch's is no Exception
             raise UserError(
-                f"{path} cannot be loaded ({_reason(e)}); it is damaged or of another model: name an older "
-                "iteration in the tracker file, or use another run_dir"
+                f"{path} cannot be loaded ({_reason(e)}); it is damaged, of another model or of another "
+                "parallel.distributed_optimizer: name an older iteration in the tracker file, or use another run_dir"
             ) from e
-    for name, chunk in _named(chunks):
-        chunk.load_state_dict(loaded[name], strict=False)
-    if optimizer is not None:
-        with torch.no_grad():  # the fp32 path copies into views of leaves
-            optimizer.load_state_dict(loaded["optimizer"])
     return dict(loaded.get("state", {}))
 
 
-def _named(chunks: Sequence[nn.Module] | nn.Module) -> list[tuple[str, nn.Module]]:
+def _named(chunks: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
     """Chunks under the names that Megatron's optimizers look for."""
-    listed = [chunks] if isinstance(chunks, nn.Module) else list(chunks)
-    return [("model" if len(listed) == 1 else f"model{i}", chunk) for i, chunk in enumerate(listed)]
+    return [("model" if len(chunks) == 1 else f"model{i}", chunk) for i, chunk in enumerate(chunks)]
 
 
-def _model_shards(chunks: Sequence[nn.Module] | nn.Module) -> dict[str, Any]:
+def _model_shards(chunks: Sequence[nn.Module]) -> dict[str, Any]:
     """Sharded state dicts of the chunks. The budget router lies on every pipeline stage; the first one's is saved."""
     stage = runtime.groups().pp.rank()
     shards: dict[str, Any] = {}

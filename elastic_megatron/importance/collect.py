@@ -35,7 +35,7 @@ def collect(
     """Score every component of ``axes`` in one forward pass per batch, and order them; collective.
 
     The data set is what the data-parallel ranks hold, one rank's batches after the other's; of one data set
-    every parallel layout makes the same ranking, on every rank.
+    every parallel layout makes the same ranking, on every rank, up to rounding of the model's activations.
 
     Args:
         chunks: this rank's pipeline chunks of a ``HybridModel``, bare, stock or elastic (outside ``running``).
@@ -74,9 +74,9 @@ def collect(
         scores = scores_of(raw, parent, widths, head_dim_kept)
         orders = {key: order_of(score, parent.groups(_axis(key))) for key, score in scores.items()}
         if depth:
-            shared, mine = _shared(first, groups.dp)
+            shared = _shared(first, groups.dp)
             scores["num_layers"], order = depth_ranking(
-                chunks, shared, layers=parent.num_layers, iterative=depth_iterative, counted=mine
+                chunks, shared, layers=parent.num_layers, iterative=depth_iterative
             )
             orders["num_layers"] = torch.tensor(order)
     _check_finite(scores)
@@ -88,18 +88,18 @@ def collect(
     return Ranking(scores, orders, tokens, parent.hybrid_layer_pattern, count, digest, _versions())
 
 
-def _shared(batches: Sequence[Batch], group: Any) -> tuple[list[Batch], bool]:
-    """The first data-parallel rank's batches divided among all of them, and whether this rank's count.
+def _shared(batches: Sequence[Batch], group: Any) -> list[Batch]:
+    """The first data-parallel rank's batches, divided among all of them.
 
-    Where the rows do not divide every rank runs all, because experts may need it to, and only the first counts.
+    Where the rows do not divide every rank runs all of them, because experts may need it to; errors relative to
+    the logits do not change when both are counted several times.
     """
     whole = [batch["tokens"].clone() for batch in batches]
     for tokens in whole:
         torch.distributed.broadcast(tokens, group=group, group_src=0)
-    size, rank = group.size(), group.rank()
-    if any(len(tokens) % size for tokens in whole):
-        return [{"tokens": tokens} for tokens in whole], rank == 0
-    return [{"tokens": tokens.chunk(size)[rank]} for tokens in whole], True
+    if not any(len(tokens) % group.size() for tokens in whole):
+        whole = [tokens.chunk(group.size())[group.rank()] for tokens in whole]
+    return [{"tokens": tokens} for tokens in whole]
 
 
 class _Data:

@@ -69,7 +69,7 @@ def squared_error(reference: Tensor, other: Tensor) -> Tensor:
 
 
 def depth_ranking(
-    chunks: Sequence[Any], batches: Sequence[Batch], *, layers: int, iterative: bool, counted: bool
+    chunks: Sequence[Any], batches: Sequence[Batch], *, layers: int, iterative: bool
 ) -> tuple[Tensor, list[int]]:
     """nMSE of the logits without each layer, and the layers by decreasing importance (arXiv 2511.16664).
 
@@ -82,19 +82,18 @@ def depth_ranking(
         chunks: this rank's pipeline chunks, bare.
         batches: as ``forward_only`` takes them.
         layers: of the whole model.
-        counted: whether the errors of these batches count; false where another rank has the same ones.
 
     Returns:
         Scores [layers] float64 on the CPU, and the order; the same on every rank.
     """
     scores = torch.zeros(layers, dtype=torch.float64)
     if not iterative:
-        scores[:] = _errors(chunks, batches, list(range(layers)), [], counted)
+        scores[:] = _errors(chunks, batches, list(range(layers)), [])
         return scores, scores.sort(descending=True, stable=True).indices.tolist()
     dropped: list[int] = []
     while len(dropped) < layers:
         candidates = [j for j in range(layers) if j not in dropped]
-        errors = _errors(chunks, batches, candidates, dropped, counted)
+        errors = _errors(chunks, batches, candidates, dropped)
         # of equally unimportant layers the last goes first, so that ties end up ordered by index
         best = len(candidates) - 1 - int(errors.flip(0).argmin())
         scores[candidates[best]] = errors[best]
@@ -107,7 +106,6 @@ def _errors(
     batches: Sequence[Batch],
     candidates: Sequence[int],
     dropped: Sequence[int],
-    counted: bool,
 ) -> Tensor:
     """[candidates] float64 on the CPU: nMSE without ``dropped`` and each candidate, over all ranks."""
     device = next(chunks[0].parameters()).device
@@ -118,8 +116,6 @@ def _errors(
         for row, j in enumerate(candidates):
             with without(chunks, [*dropped, j]):
                 sums[row] += _difference(chunks, run, full)
-    if not counted:
-        sums.zero_()
     torch.distributed.all_reduce(sums)
     sums = sums.cpu()
     return sums[:, 0] / sums[:, 1]

@@ -79,10 +79,10 @@ class _LogSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, group: dist.ProcessGroup) -> Tensor:
-        top = logits.amax(-1, keepdim=True).contiguous()
+        top = logits.amax(-1, keepdim=True)
         dist.all_reduce(top, dist.ReduceOp.MAX, group)
         shifted = logits - top
-        total = shifted.exp().sum(-1, keepdim=True).contiguous()
+        total = shifted.exp().sum(-1, keepdim=True)
         dist.all_reduce(total, group=group)
         out = shifted - total.log()
         ctx.group = group
@@ -93,6 +93,6 @@ class _LogSoftmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (out,) = ctx.saved_tensors
-        total = grad.sum(-1, keepdim=True).contiguous()
+        total = grad.sum(-1, keepdim=True)
         dist.all_reduce(total, group=ctx.group)
         return grad - out.exp() * total, None

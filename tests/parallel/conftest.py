@@ -13,6 +13,9 @@ import pytest
 import torch
 from layouts import LAYOUTS, PROPERTIES
 from pool import RankPool
+from runs import corpus, write
+
+__all__ = ["corpus", "write"]  # fixtures
 
 
 @pytest.fixture(scope="session")

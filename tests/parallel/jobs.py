@@ -59,10 +59,10 @@ class Crew:
             self.pipes[rank].send_bytes(message)
 
     def listen(self, ranks: Collection[int], seconds: float) -> list[int]:
-        """Those that have answered or died, the dead first; empty after ``seconds``."""
+        """Those that have answered or died; empty after ``seconds``."""
         sources = {self.pipes[rank]: rank for rank in ranks} | {self.lives[rank]: rank for rank in ranks}
         ready = connection.wait(sources, max(0.0, seconds))
-        return sorted({sources[source] for source in ready}, key=lambda rank: self.lives[rank] not in ready)
+        return list({sources[source] for source in ready})
 
     def receive(self, rank: int) -> bytes | None:
         """A rank's answer; ``None`` if it died without one."""
@@ -127,7 +127,7 @@ class Job:
             self._crew.kill(ranks or range(self.world))
 
     def wait(self, timeout: float = 120.0) -> list[Outcome]:
-        """How the job ended on every rank, in the order in which they ended. Raises for none of it.
+        """How the job ended on every rank: deaths, then the others as they ended. Raises for none of it.
 
         Ranks that are not done after ``timeout`` seconds, or soon after another one has failed, are killed.
         """
@@ -179,7 +179,9 @@ class Job:
         return self._outcomes()
 
     def _outcomes(self) -> list[Outcome]:
-        return [Outcome(rank, *answer) for rank, answer in self._answers.items()]
+        outcomes = [Outcome(rank, *answer) for rank, answer in self._answers.items()]
+        # errors that a death caused on other ranks may be heard of before it
+        return sorted(outcomes, key=lambda outcome: outcome.how != "died")
 
 
 def _status(code: int) -> str:

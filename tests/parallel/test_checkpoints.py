@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import checkpoint_jobs
 import psutil
 import pytest
 import torch
+import training_jobs
 from layouts import LAYOUTS, Layout
 from megatron.core import dist_checkpointing
 from pool import RankPool
@@ -64,6 +68,80 @@ def test_a_checkpoint_survives_any_layout_bit_by_bit(
         )
         for name, tensor in expected.items():
             assert torch.equal(found[name], tensor), (iteration, name)
+
+
+SAVES = (4, 8, 10)  # of the ten steps of a run
+
+
+@pytest.fixture(scope="module")
+def train(write: Callable[..., Path], ranks: RankPool) -> Callable[..., Path]:
+    """Train under a layout to the end, from where another run was after some step; returns the run's folder."""
+
+    def run(name: str, layout: Layout | None, moe: bool, source: Path | None = None, step: int = 0) -> Path:
+        parallel = {"recompute": "full", **(layout.parallel if layout else {})}
+        save = {"interval": 4, "keep_last": 3, "async_save": bool(step)}
+        file = write(name, moe, DRAW, parallel, checkpoint=save)
+        folder = Path(json.loads(file.read_text())["run_dir"])
+        if source is not None:
+            shutil.copytree(source, folder)
+            (folder / "checkpoints" / tracker.TRACKER).write_text(f"{step}\n")
+            for later in SAVES[SAVES.index(step) + 1 :]:
+                shutil.rmtree(tracker.folder(folder / "checkpoints", later))
+        ranks.run(training_jobs.trained, layout.world if layout else 1, str(file), timeout=240)
+        assert [int(p.name[5:]) for p in tracker.complete(folder / "checkpoints")] == [*SAVES]
+        return folder
+
+    return run
+
+
+DRAW = 4  # samples that share a draw: right for all layouts
+
+
+@pytest.fixture(scope="module")
+def straight(train: Callable[..., Path]) -> Callable[[bool], Path]:
+    """The run in one process, by model."""
+    found: dict[bool, Path] = {}
+
+    def run(moe: bool) -> Path:
+        if moe not in found:
+            found[moe] = train(f"straight_{moe}", None, moe)
+        return found[moe]
+
+    return run
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 11))
+    return [{key: value for key, value in line.items() if key != "step_ms"} for line in steps]
+
+
+def assert_close(folder: Path, expected: Path) -> None:
+    for mine, theirs in zip(curve(folder), curve(expected), strict=True):
+        for key in ("loss", "kd_loss", "router_loss", "lr"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-7), (mine["step"], key)
+        assert mine["budget"] == theirs["budget"]
+
+
+@pytest.mark.parametrize("layout", filter(different, LAYOUTS), ids=lambda layout: layout.name)
+def test_a_run_goes_on_under_another_layout_and_back(
+    layout: Layout,
+    train: Callable[..., Path],
+    straight: Callable[[bool], Path],
+    record: Callable[[str, str], None],
+) -> None:
+    """Four steps in one process, four under the layout, two in one process: the curve is that of one process."""
+    record(layout.name, "resume")
+    expected = straight(layout.moe)
+    there = train(f"{layout.name}_there", layout, layout.moe, expected, 4)
+    assert_close(there, expected)
+    back = train(f"{layout.name}_back", None, layout.moe, there, 8)
+    assert_close(back, expected)
+    again = train(f"{layout.name}_again", layout, layout.moe, there, 8)
+    assert curve(again) == curve(there)
+    mine, theirs = (whole(tracker.folder(folder / "checkpoints", 10)) for folder in (again, there))
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize("odd", [0, 2])
