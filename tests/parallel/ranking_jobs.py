@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from elastic_megatron.checkpoint.manifest import Manifest
 from elastic_megatron.checkpoint.slice import expected
@@ -90,6 +93,19 @@ class _KeepDouble(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Largest(TorchDispatchMode):
+    """Elements of the largest tensor that is made inside this context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))])
+        return out
+
+
 def built(parent: ParentShape, parallel: Mapping[str, Any], dtype: torch.dtype) -> list[Any]:
     """This rank's chunks under the groups of a recipe's ``parallel`` section."""
     from elastic_megatron import runtime
@@ -144,6 +160,7 @@ def filled_and_sorted(
     """
     from elastic_megatron.blocks import forward_only
     from elastic_megatron.checkpoint import distributed
+    from elastic_megatron.checkpoint.shards import shards
     from elastic_megatron.checkpoint.sort import sort_model
     from elastic_megatron.checkpoint.source import open_source
 
@@ -153,7 +170,12 @@ def filled_and_sorted(
     manifest, batches = replace(source.manifest, space=space), own_batches(ids, len(ids))
     distributed.save(checkpoints, 0, chunks, manifest)
     before = forward_only(chunks, batches, lambda _, logits: logits)
-    sort_model(chunks, space, ranking)
+    own = Counter()
+    for shard in (shard for chunk in chunks for shard in shards(chunk, source.manifest.shape)):
+        own[shard.layer, shard.layout.name] += shard.tensor.numel()  # experts of a layer together
+    with _Largest() as largest:
+        sort_model(chunks, space, ranking)
+    assert largest.numel <= max(own.values()), "a rank held more of a tensor than its own part"
     after = forward_only(chunks, batches, lambda _, logits: logits)
     distributed.save(checkpoints, 1, chunks, manifest)
     sums = torch.zeros(2, dtype=torch.float64)

@@ -43,12 +43,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def write(corpus: Path, ranks: RankPool) -> Callable[..., Path]:
-    """Writes the recipe of a run; other sections replace those here, ``stage`` updates the only one."""
+    """Writes the recipe of a run; other sections replace those here.
+
+    ``stage`` updates the only one; ``dtype`` and ``tied`` (embedding and output layer) choose the model.
+    """
 
     def recipe(name: str, moe: bool, per_draw: int, parallel: dict[str, Any], **sections: Any) -> Path:
-        parent = corpus / f"parent_{'moe' if moe else 'dense'}"
+        tied = sections.pop("tied", False)
+        parent = corpus / f"parent_{'moe' if moe else 'dense'}{'_tied' if tied else ''}"
         if not parent.exists():
-            ranks.run(training_jobs.save_parent, 1, str(parent), moe)
+            ranks.run(training_jobs.save_parent, 1, str(parent), moe, tied)
         stage = {"name": "all", "tokens": STEPS * BATCH * LENGTH, "seq_length": LENGTH,
                  "global_batch_size": BATCH, "micro_batch_size": 1, "samples_per_draw": per_draw,
                  **sections.pop("stage", {})}  # fmt: skip
@@ -56,7 +60,7 @@ def write(corpus: Path, ranks: RankPool) -> Callable[..., Path]:
         values = {
             "name": "parallel",
             "run_dir": str(corpus / name),
-            "model": {"dtype": "fp32", "checkpoint": str(parent)},
+            "model": {"dtype": sections.pop("dtype", "fp32"), "checkpoint": str(parent)},
             "data": {"train": source, "valid": source, "cache": str(corpus / "cache")},
             "space": training_jobs.space_section(moe),
             "budgets": BUDGETS,

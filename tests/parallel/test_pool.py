@@ -196,13 +196,14 @@ os.kill(os.getpid(), 9)
 """
 
 
-def test_the_ranks_die_with_the_process_that_has_the_pool() -> None:
+def test_ranks_and_logs_go_with_the_process_that_has_the_pool(tmp_path: Path) -> None:
     command = [sys.executable, "-c", ABANDONED, str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    folder = {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, env=os.environ | folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 3
-    assert are_gone_soon(pids)
+    assert are_gone_soon(pids) and not [*tmp_path.glob("ranks-*")]
 
 
 def test_a_pool_whose_importer_was_killed_starts_over() -> None:

@@ -119,6 +119,14 @@ def test_every_layout_makes_the_ranking_of_one_process(ranks, record, hf, ids, t
     assert len({ranking.digest() for ranking in found}) == 1, "ranks disagree"
 
 
+def test_a_pass_for_depth_alone_reads_on_replicas_what_it_reads_on_one(ranks, hf, ids):
+    axes, how = ["num_layers"], {"rows": 2, "iterative": False}
+    (alone,) = ranks.run(jobs.ranked, 1, {}, hf[jobs.PARENT], ids, axes, **how)
+    found = ranks.run(jobs.ranked, 2, {}, hf[jobs.PARENT], ids, axes, **how)
+    assert_same(found[0], alone)
+    assert alone.token_count == 2 * ids.shape[1]
+
+
 def test_experts_that_get_every_token_from_all_tensor_ranks_are_refused(ranks, hf, ids):
     with pytest.raises(RankError, match="parallel.tensor=2 without parallel.sequence"):
         ranked(ranks, 2, {"tensor": 2}, hf[jobs.PARENT], jobs.PARENT, ids)

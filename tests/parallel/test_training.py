@@ -57,11 +57,41 @@ def test_ten_steps_are_those_of_one_process(
         for run in (found, expected)
     )
     assert realised == wanted != []
-    losses, others = (
-        [r["loss"] for line in run["lines"] if "eval" in line for r in line["eval"]["submodels"].values()]
+    evaluated, wanted = (
+        [r for line in run["lines"] if "eval" in line for r in line["eval"]["submodels"].values()]
         for run in (found, expected)
     )
-    assert losses == pytest.approx(others, rel=1e-5) and losses
+    assert [r["loss"] for r in evaluated] == pytest.approx([r["loss"] for r in wanted], rel=1e-5)
+    assert [r["tokens"] for r in evaluated] == [r["tokens"] for r in wanted] != []
+
+
+@pytest.mark.parametrize("name", ["TP2+SP", "PP2", "PP2+VPP2"])
+def test_tied_embeddings_are_one_tensor_on_two_stages(
+    name: str, write: Callable[..., Path], ranks: RankPool
+) -> None:
+    layout = next(layout for layout in LAYOUTS if layout.name == name)
+    runs = [
+        ranks.run(training_jobs.trained, world, str(write(f"tied_{n}", False, 1, parallel, tied=True)))[0]
+        for n, world, parallel in (("alone", 1, {}), (name, layout.world, dict(layout.parallel)))
+    ]
+    expected, found = ([line["loss"] for line in steps_of(run)] for run in runs)
+    assert found == pytest.approx(expected, rel=1e-5) and len(found) == STEPS
+
+
+@pytest.mark.parametrize("name", ["TP2+SP+ETP1+EP2", "PP2", "DP2+overlap"])
+def test_bf16_weights_have_fp32_main_parameters_and_one_router(
+    name: str, write: Callable[..., Path], ranks: RankPool
+) -> None:
+    """The first step is that of one process to bf16 rounding; after ten the routers are still equal bit by bit."""
+    layout = next(layout for layout in LAYOUTS if layout.name == name)
+    (expected,), found = (
+        ranks.run(training_jobs.trained, world, str(write(f"bf16_{n}", True, 1, parallel, dtype="bf16")))
+        for n, world, parallel in (("alone", 1, {}), (name, layout.world, dict(layout.parallel)))
+    )
+    assert steps_of(found[0])[0]["loss"] == pytest.approx(steps_of(expected)[0]["loss"], rel=2e-2)
+    assert not any(line.get("skipped") for line in steps_of(found[0]))
+    for n, weight in found[0]["router"].items():
+        assert weight.dtype is torch.float32 and all(torch.equal(r["router"][n], weight) for r in found)
 
 
 def test_the_comparison_notices_one_percent_of_a_learning_rate(

@@ -69,14 +69,15 @@ def space_section(moe: bool) -> dict[str, Any]:
     }
 
 
-def save_parent(root: str, moe: bool) -> None:
+def save_parent(root: str, moe: bool, tied: bool) -> None:
     """A checkpoint with random weights, of a size that keeps experts' ties rare."""
     runtime.start()
-    model = build_model(parent_of(moe))
-    state = {n: t / 2 if t.dim() == 2 else t for n, t in random_state(parent_of(moe), seed=3).items()}
+    shape = parent_of(moe).override(tie_embeddings=tied)
+    model = build_model(shape)
+    state = {n: t / 2 if t.dim() == 2 else t for n, t in random_state(shape, seed=3).items()}
     loaded = model.load_state_dict(state, strict=False)
     assert not loaded.unexpected_keys, loaded
-    distributed.save(Path(root), 0, [model], Manifest(shape=parent_of(moe)))
+    distributed.save(Path(root), 0, [model], Manifest(shape=shape))
 
 
 def trained(recipe: str) -> dict[str, Any]:

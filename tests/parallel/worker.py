@@ -1,7 +1,7 @@
 """The far side of :mod:`pool`: one process imports torch and Megatron, and the ranks are forks of it.
 
 ``python worker.py CONTROL LOGS IMPORT`` answers requests on the socket with descriptor ``CONTROL``: ``fork``, with a
-pipe for each rank, and ``reap``. It ends, and its ranks with it, when the other end of the socket is closed.
+pipe for each rank, and ``reap``. When the other end of the socket is closed, it ends and takes ranks and logs along.
 An import costs ten seconds and a fork milliseconds, so ranks that died or hung are cheap to replace.
 """
 
@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -43,6 +44,7 @@ def main(control: socket.socket, logs: str, import_first: bool) -> None:
     finally:
         for pid in ranks:
             os.killpg(pid, signal.SIGKILL)
+        shutil.rmtree(logs, ignore_errors=True)
 
 
 def import_megatron() -> None:
