@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _stdout_to_stderr() if machine_readable else contextlib.nullcontext():
             result = args.handler(args)
-        if machine_readable:
+        if machine_readable and result is not None:
             print(json.dumps(result), flush=True)
     except UserError as e:
         for line in str(e).splitlines():

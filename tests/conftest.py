@@ -28,3 +28,17 @@ def megatron() -> runtime.Runtime:
 def fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep fp64 where Megatron rounds to fp32 whatever the model's type is."""
     keep_fp64(monkeypatch)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """With ``--dist loadfile``, all files of ``tests/parallel`` stay on one worker: they share a pool of ranks."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadFolder(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/parallel" if nodeid.startswith("tests/parallel/") else super()._split_scope(nodeid)
+
+    return LoadFolder(config, log)

@@ -30,6 +30,7 @@ ROUTER = "tests/router/test_budget_router.py"
 MIX = "tests/ops/test_mix.py"
 RANK_GRADIENTS = "tests/parallel/test_gradients.py"
 RANK_TRAINING = "tests/parallel/test_training.py"
+RANK_RANKING = "tests/parallel/test_ranking.py"
 
 MUTATIONS = (
     Mutation("1", "norms keep the scale of the full width", "blocks/widths.py",
@@ -117,6 +118,10 @@ MUTATIONS = (
              "    if groups.tp.rank():\n", "    if False:\n", f"{RANK_TRAINING} -k TP2+SP]"),
     Mutation("6", "interleaved stages batch their messages", "runtime/config.py",
              '"batch_p2p_comm": not interleaved', '"batch_p2p_comm": True', f"{RANK_TRAINING} -k VPP2"),
+    Mutation("6", "experts cut over ranks are scored by parts of their output", "importance/sites.py",
+             "_summed(_first(output), layer.groups.expt_tp)", "_first(output)", RANK_RANKING),
+    Mutation("6", "sorted parts stay in the order of their senders", "checkpoint/shards.py",
+             "result[wanted.argsort(stable=True)] = received", "result[:] = received", RANK_RANKING),
     Mutation("7", "a resumed run starts with fresh optimizer moments", "training/train.py",
              "distributed.load(saved, model.chunks, optimizer=model.optimizer)", "distributed.load(saved, model.chunks)",
              f"{RESUME} -k exact"),

@@ -6,7 +6,6 @@ python tools/readme_table.py quickstart/report.json
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +14,12 @@ from typing import Any
 from elastic_megatron.errors import UserError
 from elastic_megatron.report import format as say
 
-README = Path(__file__).resolve().parents[1] / "README.md"
-BEGIN, END = "<!-- family-table:begin -->", "<!-- family-table:end -->"
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from readme_block import README, markers, read_json, replace_block, table
+
+BLOCK = "family-table"
+BEGIN, END = markers(BLOCK)
 HEADINGS = (
     "size",
     "parameters",
@@ -39,10 +42,9 @@ def main() -> int:
     parser.add_argument("--readme", type=Path, default=README, help="file to change (default: README.md)")
     args = parser.parse_args()
     try:
-        table = render(_read(args.report))
-        args.readme.write_text(
-            replace_block(args.readme.read_text(encoding="utf-8"), table), encoding="utf-8"
-        )
+        block = render(read_json(args.report, "make quickstart"))
+        text = replace_block(args.readme.read_text(encoding="utf-8"), BLOCK, block)
+        args.readme.write_text(text, encoding="utf-8")
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -67,15 +69,7 @@ def render(report: Mapping[str, Any]) -> str:
             f"this is no report.json of the quickstart ({type(e).__name__}: {e}); run make quickstart"
         ) from None
     rule = [":---"] + ["---:"] * (len(HEADINGS) - 1)
-    return "\n".join([lead, "", *("| " + " | ".join(cells) + " |" for cells in (HEADINGS, rule, *rows))])
-
-
-def replace_block(text: str, table: str) -> str:
-    """``text`` with ``table`` between the markers. Raises ``UserError`` unless each marker is there once."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise UserError(f"the file needs {BEGIN} and, after it, {END} exactly once; add them")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+    return "\n".join([lead, "", *table(HEADINGS, rule, rows)])
 
 
 def _parent_row(parent: Mapping[str, Any]) -> tuple[str, ...]:
@@ -96,15 +90,6 @@ def _row(name: str, m: Mapping[str, Any]) -> tuple[str, ...]:
         "" if m["gap_closed"] is None else say.percent(m["gap_closed"]),
         f"{m['logits_error']:.0e}",
     )
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror}); run make quickstart first") from None
-    except ValueError as e:
-        raise UserError(f"{path} is no valid JSON ({e}); run make quickstart again") from None
 
 
 if __name__ == "__main__":

@@ -177,12 +177,12 @@ def load(path: Path, chunks: Sequence[nn.Module], *, optimizer: Any = None) -> d
     from megatron.core import dist_checkpointing
 
     with same_on_all_ranks(f"{path} cannot be read"):
+        Manifest.read(path / FILE)  # first: it knows the releases that cannot be read
         integrity.verify(path, _rank(), torch.distributed.get_world_size())
     shards = _model_shards(chunks)
     if optimizer is not None:
         shards["optimizer"] = optimizer.sharded_state_dict(shards, is_loading=True, metadata=_metadata())
     with same_on_all_ranks(f"{path} cannot be read"):
-        Manifest.read(path / FILE)
         try:
             with _unlogged():
                 loaded = dist_checkpointing.load(shards, str(path))

@@ -8,7 +8,7 @@ Hugging Face one tensor each of q, k and v.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,16 +67,21 @@ def to_hf(parent: ParentShape, name: str, tensor: Tensor) -> list[tuple[str, Ten
     return out
 
 
-def from_hf(parent: ParentShape, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+def from_hf(
+    parent: ParentShape, read: Callable[[str], Tensor], wanted: Container[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Every Megatron tensor of a model, one at a time, from its Hugging Face tensors.
 
     Args:
         read: returns the tensor of a Hugging Face name.
+        wanted: Megatron names; others are not read. By default all are.
 
     Raises ``UserError`` for a tensor of another shape than the model's.
     """
     sizes = parent_fields(parent)
     for item in hf_tensors(parent):
+        if wanted is not None and item.name not in wanted:
+            continue
         pieces = []
         for hf_name, shape in item.parts:
             pieces.append(read(hf_name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +53,10 @@ class HFDirectory:
     tokenizer_files: tuple[Path, ...]
     where: Mapping[str, Path]
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, wanted: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """(Megatron name, tensor) of the whole model, one at a time, in the dtype they are stored in.
+
+        Only tensors of the names ``wanted`` are read, where they are given.
 
         Raises ``UserError`` where the output layer of a tied model differs from its embedding.
         """
@@ -73,7 +75,7 @@ class HFDirectory:
                     f"{self.path}: tie_word_embeddings is true, but lm_head.weight differs from the embedding; "
                     "set it to false in config.json"
                 )
-            yield from from_hf(self.manifest.shape, read)
+            yield from from_hf(self.manifest.shape, read, wanted)
 
 
 def read_hf(directory: Path) -> HFDirectory:

@@ -46,7 +46,8 @@ def open_source(path: Path) -> Source:
         directory = read_hf(path)
 
         def fill(chunks: Sequence[nn.Module]) -> None:
-            shards.fill(shards.by_name(chunks, directory.manifest.shape), directory.tensors())
+            parts = shards.by_name(chunks, directory.manifest.shape)
+            shards.fill(parts, directory.tensors(parts))
 
         return Source(path, directory.manifest, fill, path)
     what = (

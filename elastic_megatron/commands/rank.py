@@ -21,6 +21,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
     recipe = load(args.recipe, args.overrides)
     ranked = rank(recipe)
+    if not ranked.main:
+        return None
     plots = plot_ranking(recipe.run_dir / "ranking.safetensors", recipe.run_dir / "plots")
     unseen = ranked.ranking.unseen()
     if args.json:

@@ -32,11 +32,12 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     outcome = train(recipe)
     if outcome.interrupted is not None:
         raise SystemExit(128 + outcome.interrupted)
+    if not outcome.main:
+        return None
     if args.json:
         return {"checkpoint": str(outcome.checkpoint), "step": outcome.step}
-    if outcome.main:
-        show_router(recipe.run_dir)
-        print(f"trained {outcome.step} steps; checkpoint in {outcome.checkpoint}")
+    show_router(recipe.run_dir)
+    print(f"trained {outcome.step} steps; checkpoint in {outcome.checkpoint}")
     return None
 
 

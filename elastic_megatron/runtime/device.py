@@ -101,6 +101,19 @@ def stop() -> None:
     torch.distributed.destroy_process_group()
 
 
+def adopt(sizes: Layout) -> Runtime:
+    """Take over process groups of these sizes that Megatron-LM has started; ``layout`` answers for them.
+
+    Nothing is started, seeded or adapted.
+    """
+    global _running
+    on_cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    _running = (Runtime(device, torch.distributed.get_backend(), rank, world, local_rank), sizes)
+    return _running[0]
+
+
 def layout() -> Layout:
     """The running layout; every size is 1 before ``start``."""
     return _running[1] if _running is not None else Layout()

@@ -20,7 +20,7 @@ def run_ranks(command: Sequence[str], ranks: int, *, grace_seconds: float = 60.0
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     children = [
-        subprocess.Popen(command, env=os.environ | _environment(rank, ranks, store.port))
+        subprocess.Popen(command, env=os.environ | torchrun_environment(rank, ranks, store.port))
         for rank in range(ranks)
     ]
     try:
@@ -33,7 +33,8 @@ def run_ranks(command: Sequence[str], ranks: int, *, grace_seconds: float = 60.0
     return status
 
 
-def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+def torchrun_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun sets for one rank, whose rendezvous store listens on ``port`` of this machine."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

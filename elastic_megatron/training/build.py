@@ -79,7 +79,7 @@ def build_student(
     source.fill(chunks)
     router = None
     if space is not None:
-        router = _router(recipe, space).to(next(chunks[0].parameters()).device)
+        router = build_router(recipe, space).to(next(chunks[0].parameters()).device)
         chunks[0].budget_router = router
     for chunk in chunks:
         chunk.train()
@@ -87,7 +87,7 @@ def build_student(
     return Model(chunks, ddp, _optimizer(recipe, ddp, dtype), space, router)
 
 
-def _router(recipe: Recipe, space: ElasticSpace) -> BudgetRouter:
+def build_router(recipe: Recipe, space: ElasticSpace) -> BudgetRouter:
     """Replicated on every rank. Gradient norms count it once: as Megatron's shared embedding, on one stage."""
     named, r = budgets(recipe), recipe.router
     router = BudgetRouter(

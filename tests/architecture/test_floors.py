@@ -28,6 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": LEAVES | {"space", "cost", "ops", "runtime", "blocks", "importance", "recipe"},
     "training": LEAVES
     | {"space", "cost", "ops", "runtime", "recipe", "data", "blocks", "importance", "router", "checkpoint"},
+    "integrations": LEAVES
+    | {"space", "cost", "ops", "runtime", "recipe", "data", "blocks", "importance", "checkpoint", "training"},
 }
 ROOF = {"cli", "commands", "quickstart"}
 # Floor 0 and the recipe are read by tools that have no torch.

@@ -111,9 +111,9 @@ REQUESTS: dict[str, tuple[Callable[[Story, Path], list[Any]], str]] = {
         lambda s, t: ["rank", s.recipe("rank"), f"run_dir={t / 'run'}", "space=null"],
         r"the recipe has no space\.choices, so there is nothing to rank",
     ),
-    "tensor parallelism": (
+    "fewer ranks than tensor parallelism": (
         lambda s, t: ["train", s.recipe("elastic"), f"run_dir={t / 'run'}", "parallel.tensor=2"],
-        r"training runs with data parallelism only",
+        r"parallel\.world_size=1 is not a multiple of tensor 2 .* start a multiple of 2 ranks",
     ),
     "batch of no number of ranks": (
         lambda s, t: ["train", s.recipe("parent"), f"run_dir={t / 'run'}", "stages.0.micro_batch_size=3"],

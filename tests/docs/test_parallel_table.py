@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -130,13 +131,21 @@ def test_many_gpus():
 
 def test_a_property_is_proven_if_every_test_that_claims_it_passes(tmp_path: Path) -> None:
     """Also where the tests run in a process of pytest-xdist."""
-    source = ROOT / "tests" / "parallel"
-    for name in ("conftest.py", "layouts.py", "pool.py", "jobs.py"):
-        (tmp_path / name).symlink_to(source / name)
     (tmp_path / "test_claims.py").write_text(CLAIMS)
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-n", "1", "-o", "markers=gpu"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-n", "1", "-o", "markers=gpu", "-p", "results"]
     command += ["--parallel-results", "found.json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    paths = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "parallel"), os.environ.get("PYTHONPATH", "")])
+    }
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | paths,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert "\n2 failed, 5 passed, 2 skipped, 1 error in " in done.stdout, done.stdout
     assert "needs 99 CUDA devices, this machine has " in done.stdout
     found = json.loads((tmp_path / "found.json").read_text())

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from torch.distributed import TCPStore
 
-from elastic_megatron.runtime.launch import _environment
+from elastic_megatron.runtime.launch import torchrun_environment
 
 GRACE_SECONDS = 2.0  # for the other ranks to end on their own, once one has failed
 STOP_SECONDS = 30.0  # for all ranks to destroy their process groups
@@ -118,7 +118,7 @@ class Job:
         self._answers: dict[int, tuple[How, Any, str, str]] = {}
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(world):
-            environment = os.environ | variables | _environment(rank, world, self._store.port)
+            environment = os.environ | variables | torchrun_environment(rank, world, self._store.port)
             crew.send(rank, pickle.dumps((environment, sys.path, os.getcwd(), call)))
 
     def kill(self, *ranks: int) -> None:

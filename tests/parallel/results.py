@@ -67,12 +67,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests marked ``gpu``, or ``gpu(2)``, are skipped where there are fewer GPUs."""
     if marker := item.get_closest_marker("gpu"):
-        needed, found = (marker.args or (1,))[0], _gpus()
+        import torch
+
+        needed, found = (marker.args or (1,))[0], torch.cuda.device_count()
         if found < needed:
             pytest.skip(f"needs {needed} CUDA device{'s' if needed > 1 else ''}, this machine has {found}")
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
