@@ -8,7 +8,6 @@ recipe and files do not fit together; everything else is Megatron's.
 
 from __future__ import annotations
 
-import os
 import sys
 
 
@@ -22,8 +21,7 @@ def main() -> int:
     try:
         ElasticPretraining(parse_and_validate_args(extra_args_provider=add_arguments)).run()
     except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {e}", file=sys.stderr)
+        print(f"error: {e}", file=sys.stderr)
         return 2
     return 0
 

@@ -228,9 +228,7 @@ def _metadata() -> dict[str, Any]:
 def _write_shards(write: Callable[..., None], folder: Path, owner: int | None, *arguments: Any) -> None:
     """Megatron's writer of one rank, then the digests of what it wrote; in a fork of process ``owner``, if any."""
     if owner is not None:
-        from ..runtime.cpu import _die_with_parent
-
-        _die_with_parent()
+        runtime.die_with_parent()
         if os.getppid() != owner:  # it died before this process could ask to be told
             return
     write(*arguments)

@@ -8,6 +8,7 @@ runs on a laptop.  Importing it costs torch; Megatron is imported inside the fun
 from elastic_megatron.runtime.config import transformer_config_defaults
 from elastic_megatron.runtime.cpu import ADAPTATIONS, adapt
 from elastic_megatron.runtime.device import Layout, Runtime, adopt, groups, layout, start, stop
+from elastic_megatron.runtime.launch import die_with_parent
 from elastic_megatron.runtime.optimizer_layout import one_optimizer_layout
 from elastic_megatron.runtime.specs import hybrid_stack_spec
 
@@ -17,6 +18,7 @@ __all__ = [
     "Runtime",
     "adapt",
     "adopt",
+    "die_with_parent",
     "groups",
     "hybrid_stack_spec",
     "layout",

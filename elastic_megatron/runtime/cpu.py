@@ -5,11 +5,9 @@ module globals of this process only; where CUDA is available :func:`adapt` refus
 """
 
 import contextlib
-import ctypes
 import functools
 import logging
 import multiprocessing
-import signal
 import warnings
 from collections.abc import Callable
 from multiprocessing.managers import SyncManager
@@ -17,6 +15,7 @@ from typing import Any
 
 import torch
 
+from elastic_megatron.runtime.launch import die_with_parent
 from elastic_megatron.runtime.standins import Event, Stream, cpu_rng_tracker, sharded_gated_norm
 
 logger = logging.getLogger(__name__)
@@ -206,7 +205,7 @@ def checkpoint_queue_by_fork() -> None:
     def queue(mp_mode: str = "fork") -> Any:
         if module._results_queue is None:
             manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-            manager.start(initializer=_die_with_parent)
+            manager.start(initializer=die_with_parent)
             module._results_queue = manager.Queue()
         return module._results_queue
 
@@ -243,10 +242,3 @@ def _with_cpu_device(factory: Callable[..., torch.Tensor]) -> Callable[..., torc
         return factory(*args, **kwargs)
 
     return wrapper
-
-
-def _die_with_parent() -> None:
-    """A forked server holds its parent's sockets; were it to outlive a killed rank, the others would wait for it."""
-    PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

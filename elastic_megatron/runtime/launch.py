@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -67,3 +68,10 @@ def _stop(children: Sequence[subprocess.Popen[bytes]], number: signal.Signals, g
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+
+
+def die_with_parent() -> None:
+    """A forked server holds its parent's sockets; were it to outlive a killed rank, the others would wait for it."""
+    PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

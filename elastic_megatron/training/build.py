@@ -144,7 +144,14 @@ def _optimizer(recipe: Recipe, ddp: list[Any], dtype: torch.dtype) -> Any:
     )  # fmt: skip
     r = recipe.router
     groups = {
-        ParamKey(name="*budget_router.*"): {"max_lr": r.lr, "min_lr": o.min_lr * r.lr / o.lr, "wd_mult": 0.0},
+        # no weight decay, said by its bounds: Megatron finds groups in a checkpoint by their overrides, and these
+        # must differ from those below also where the learning rates are equal
+        ParamKey(name="*budget_router.*"): {
+            "max_lr": r.lr,
+            "min_lr": o.min_lr * r.lr / o.lr,
+            "start_wd": 0.0,
+            "end_wd": 0.0,
+        },
         # fp32 in a bf16 model too, and Megatron cannot save a parameter group of two types; mamba-ssm
         # exempts both from weight decay
         ParamKey(name=("*.mixer.A_log", "*.mixer.D")): {"wd_mult": 0.0},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from saved_models import Student
 from torch import Tensor
 
-from elastic_megatron.checkpoint import distributed, tracker
+from elastic_megatron.checkpoint import distributed, integrity, tracker
 from elastic_megatron.checkpoint.distributed import Saver
 from elastic_megatron.errors import UserError
 
@@ -76,6 +77,20 @@ def save_on_full_disk(root: str, full: int, async_save: bool) -> str:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return ""
+
+
+def save_slowly(root: str, alive: str) -> None:
+    """A background save whose writer would take an hour."""
+    student = saved_models.student("M-")
+
+    def last_act(*_: Any) -> None:
+        Path(alive).touch()
+        time.sleep(3600)
+
+    integrity.digest_part = last_act
+    with Saver(Path(root), async_save=True) as saver:
+        saver.save(1, student.chunks, student.manifest)
+        time.sleep(3600)
 
 
 def save_without_end(root: str, alive: str, async_save: bool) -> None:

@@ -32,6 +32,7 @@ from jobs import Crew, Job, Outcome
 
 WORKER = Path(__file__).with_name("worker.py")
 IMPORT_SECONDS = 180.0
+JOBS = 4  # that ranks do before fresh ones take over: gloo's threads outlive the groups that a job destroys
 
 
 class RankError(Exception):
@@ -56,6 +57,7 @@ class RankPool:
         self._variables = {"OMP_NUM_THREADS": "1"} | ({} if cuda else {"CUDA_VISIBLE_DEVICES": ""})
         self._importer: _Importer | None = None
         self._crew: Crew | None = None
+        self._served = 0
         self._job: Job | None = None
 
     def __enter__(self) -> RankPool:
@@ -83,9 +85,11 @@ class RankPool:
         if not 1 <= world <= self.size:
             raise ValueError(f"a job on {world} ranks, but the pool has {self.size}")
         call = pickle.dumps((function, args, kwargs))
-        if self._job is not None and not self._job.done:
+        if (self._job is not None and not self._job.done) or self._served == JOBS:
             self._end_crew()
-        self._crew = self._crew or self._new_crew()
+        if self._crew is None:
+            self._crew, self._served = self._new_crew(), 0
+        self._served += 1
         self._job = Job(self._crew, world, call, self._variables, self._end_crew)
         return self._job
 

@@ -168,7 +168,7 @@ def test_a_job_can_be_killed_from_outside_with_all_that_it_started(
     outcomes = {outcome.rank: (outcome.how, outcome.error) for outcome in job.wait()}
     assert outcomes[1] == ("died", "SIGKILL")
     assert outcomes[0] == (("stopped", "since another rank had failed") if victims else ("died", "SIGKILL"))
-    assert not [pid for pid in [*processes, *children] if is_running(pid)]
+    assert are_gone_soon([*processes, *children])
 
 
 def test_a_job_that_nobody_waited_for_is_killed_by_the_next(ranks: RankPool, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import json
 import os
 import pickle
@@ -26,6 +27,7 @@ MOST_RANKS = 64
 def main(control: socket.socket, logs: str, import_first: bool) -> None:
     if import_first:
         import_megatron()
+        gc.freeze()  # Megatron collects garbage whenever it lists the state of an optimizer
     ranks: list[int] = []
     try:
         while True:
@@ -48,7 +50,7 @@ def main(control: socket.socket, logs: str, import_first: bool) -> None:
 
 
 def import_megatron() -> None:
-    """What a training process imports, and what test modules do, since ranks import those."""
+    """What training and ranking processes import, and what test modules do, since ranks import those."""
     import megatron.core.dist_checkpointing.strategies.filesystem_async
     import megatron.core.distributed
     import megatron.core.models.hybrid.hybrid_model
@@ -56,7 +58,8 @@ def import_megatron() -> None:
     import megatron.core.pipeline_parallel  # noqa: F401
     import pytest  # noqa: F401
 
-    import elastic_megatron.runtime.leaves  # noqa: F401
+    import elastic_megatron.runtime.leaves
+    import elastic_megatron.training.rank  # noqa: F401
 
 
 def _fork(rank: int, pipes: list[int], control: socket.socket, logs: str) -> int:

@@ -1,0 +1,113 @@
+"""Files of a Megatron-LM run: the parent it starts from, and what it says about itself."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch import nn
+from torch.distributed.checkpoint import CheckpointException
+
+from ... import runtime
+from ...checkpoint import tracker
+from ...checkpoint.hf_read import side_files
+from ...checkpoint.manifest import FILE, Manifest
+from ...checkpoint.source import Source
+from ...errors import UserError
+from ...importance import Ranking
+from ...recipe import Recipe, dump
+from ...space import ParentShape
+from ...training.family import parent_source
+
+_RELEASE = "release"
+
+
+def open_parent(recipe: Recipe, shape: ParentShape) -> Source:
+    """The recipe's parent; a checkpoint that Megatron-LM wrote is taken to have this shape.
+
+    Raises ``UserError`` where there is none.
+    """
+    path = recipe.model.checkpoint
+    folder = _newest(path) if path is not None else None
+    if folder is None or (folder / FILE).exists():
+        return parent_source(recipe)
+
+    def fill(chunks: Sequence[nn.Module]) -> None:
+        metadata = {"dp_cp_group": runtime.groups().dp_cp}
+        for chunk in chunks:
+            shards = chunk.sharded_state_dict(metadata=metadata)
+            try:
+                loaded = dist_checkpointing.load(shards, str(folder))
+            except (CheckpointingException, CheckpointException) as e:
+                first = next((failure for failure, _ in getattr(e, "failures", {}).values()), e)
+                reason = str(first).strip().splitlines()[0]
+                raise UserError(
+                    f"{folder} cannot be loaded ({reason}); give the arguments that it was trained with"
+                ) from e
+            chunk.load_state_dict(loaded, strict=False)
+
+    return Source(folder, Manifest(shape=shape), fill, recipe.model.tokenizer)
+
+
+def _newest(root: Path) -> Path | None:
+    """The folder that Megatron's tracker names."""
+    file = root / tracker.TRACKER
+    if not file.exists():
+        return None
+    name = file.read_text().strip()
+    return root / _RELEASE if name == _RELEASE else tracker.folder(root, int(name))
+
+
+class RunFolder:
+    """``--save`` of a run: Megatron's checkpoints, described so that the other commands can read them.
+
+    ``elastic/`` holds what is fixed from the first step: the manifest, the recipe and the ranking. Every checkpoint
+    gets an ``elastic.json`` with the submodels that its router chooses.
+    """
+
+    def __init__(self, root: Path, hf_files: Path | None) -> None:
+        self.root, self.hf_files = root, hf_files
+        self.chosen: dict[int, Manifest] = {}
+
+    @staticmethod
+    def read(root: Path) -> Manifest:
+        """The manifest of a run. Raises ``UserError`` where the folder's checkpoints are not of such a run."""
+        file = root / "elastic" / FILE
+        if not file.exists():
+            raise UserError(
+                f"{root} holds checkpoints of another program; name them in --pretrained-checkpoint, and give "
+                "--load and --save a folder of this run's own"
+            )
+        return Manifest.read(file)
+
+    def begin(self, manifest: Manifest, recipe: Recipe, ranking: Ranking | None) -> None:
+        """Write ``elastic/``."""
+        folder = self.root / "elastic"
+        folder.mkdir(parents=True, exist_ok=True)
+        if ranking is not None:
+            ranking.save(folder)
+        (folder / "recipe.yaml").write_text(dump(recipe))
+        manifest.write(folder / FILE)
+
+    def choose(self, iteration: int, manifest: Manifest) -> None:
+        """Note what the manifest of an iteration is, should it be saved."""
+        self.chosen[iteration] = manifest
+
+    def describe(self) -> None:
+        """Write the manifest of the checkpoint that the tracker names, once it is complete."""
+        folder = _newest(self.root) if self.chosen else None
+        if folder is None:
+            return
+        iteration = int(folder.name.removeprefix("iter_"))
+        manifest = self.chosen.get(iteration)
+        self.chosen = {i: m for i, m in self.chosen.items() if i > iteration}
+        if manifest is None or (folder / FILE).exists():
+            return
+        if self.hf_files is not None:
+            (folder / "hf").mkdir(exist_ok=True)
+            for file in side_files(self.hf_files):
+                shutil.copy2(file, folder / "hf")
+        manifest.write(folder / FILE)

@@ -1,0 +1,138 @@
+"""A checkpoint root names a complete checkpoint at every moment; here one is a folder that says which save wrote it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic_megatron.checkpoint import tracker
+from elastic_megatron.checkpoint.manifest import FILE
+
+
+def begin(root: Path, iteration: int, content: int) -> None:
+    tracker.begin(root, iteration)
+    folder = tracker.temporary(root, iteration)
+    (folder / "shard").write_text(str(content))
+    (folder / FILE).write_text(str(content))
+
+
+def fake_save(root: Path, iteration: int, content: int, keep_last: int = 0) -> None:
+    begin(root, iteration, content)
+    tracker.publish(root, iteration)
+    tracker.prune(root, keep_last)
+
+
+def content_of(root: Path) -> int:
+    """Which save the named checkpoint is of, all its files agreeing."""
+    named = tracker.newest(root)
+    assert named is not None
+    found = {(named / name).read_text() for name in ("shard", FILE)}
+    assert len(found) == 1
+    return int(found.pop())
+
+
+class PowerFailure(Exception):
+    pass
+
+
+@contextmanager
+def power_failure(at: int) -> Iterator[list[str]]:
+    """Everything stops at the ``at``-th change of a name on disk; a tree that is removed stops half removed."""
+    done: list[str] = []
+
+    def stop(name: str) -> None:
+        if len(done) >= at:
+            raise PowerFailure
+        done.append(name)
+
+    def before(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            stop(name)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("rename", "replace", "mkdir", "unlink", "rmdir"):
+            patch.setattr(os, name, before(name, getattr(os, name)))
+        yield done
+
+
+HISTORIES: dict[str, list[tuple[int, int]]] = {
+    "the first": [],
+    "the next": [(1, 10)],
+    "over the named one": [(1, 10), (2, 20)],
+    "over the only one": [(2, 20)],
+    "over a later one": [(1, 10), (3, 30), (2, 20)],
+}
+
+
+@pytest.mark.parametrize("history", HISTORIES.values(), ids=HISTORIES)
+@pytest.mark.parametrize("keep_last", [0, 1, 2])
+def test_stopped_at_any_change_of_a_name_a_root_names_the_old_or_the_new_checkpoint(
+    tmp_path: Path, history: list[tuple[int, int]], keep_last: int
+) -> None:
+    """And the save after that succeeds over the remains, and leaves none."""
+    for at in range(1000):
+        root = tmp_path / str(at)
+        for iteration, content in history:
+            fake_save(root, iteration, content)
+        allowed = {history[-1][1] if history else None, 99}
+        ended = False
+        with power_failure(at) as done:
+            try:
+                fake_save(root, 2, 99, keep_last)
+                ended = True
+            except PowerFailure:
+                pass
+        found = content_of(root) if (root / tracker.TRACKER).exists() else None
+        assert found in allowed, (at, done)
+        assert not ended or found == 99
+        for folder in tracker.complete(root):
+            assert (folder / "shard").read_text() == (folder / FILE).read_text(), (at, done)
+        fake_save(root, 4, 44, keep_last)
+        assert content_of(root) == 44
+        assert not [p.name for p in root.iterdir() if p.name.startswith(".")], (at, done)
+        if ended:
+            assert len(done) == at >= 3
+            return
+    raise AssertionError("the save never ended")
+
+
+@given(
+    iterations=st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    keep_last=st.integers(0, 4),
+)
+@settings(max_examples=40)
+def test_the_checkpoint_just_saved_and_those_before_it_are_kept(
+    tmp_path_factory: pytest.TempPathFactory, iterations: list[int], keep_last: int
+) -> None:
+    """Also when a run was set back to an older iteration, whose successors are then overwritten one by one."""
+    root = tmp_path_factory.mktemp("kept")
+    there: set[int] = set()
+    for content, iteration in enumerate(iterations):
+        fake_save(root, iteration, content, keep_last)
+        there.add(iteration)
+        past = sorted(i for i in there if i <= iteration)
+        there -= set(past[:-keep_last] if keep_last else ())
+        assert content_of(root) == content
+        assert [int(p.name[5:]) for p in tracker.complete(root)] == sorted(there)
+    assert not list(root.glob(".iter_*"))
+
+
+def test_folders_of_dead_saves_go_with_the_next_one_and_the_users_stay(tmp_path: Path) -> None:
+    begin(tmp_path, 3, 30)
+    begin(tmp_path, 5, 50)
+    assert [p.name for p in tmp_path.iterdir()] == [".iter_0000005.incomplete"]
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "iter_best").mkdir()
+    fake_save(tmp_path, 4, 40, keep_last=1)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["iter_0000004", "iter_best", tracker.TRACKER, "notes.txt"]
