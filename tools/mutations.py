@@ -28,7 +28,7 @@ RUN = "tests/training/test_distillation_run.py"
 RESUME = "tests/training/test_resume.py"
 ROUTER = "tests/router/test_budget_router.py"
 MIX = "tests/ops/test_mix.py"
-RANK_GRADIENTS = "tests/parallel/test_gradients.py"
+RANK_GRADIENTS = "tests/parallel/test_rank_gradients.py"
 RANK_TRAINING = "tests/parallel/test_training.py"
 RANK_RANKING = "tests/parallel/test_ranking.py"
 

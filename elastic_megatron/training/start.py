@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 
 from .. import runtime
-from ..cost.layout import check_layout, check_sequence
+from ..cost.layout import check_layout
 from ..errors import UserError
 from ..recipe import Recipe
-from ..recipe.training import Parallel
 from ..space import ElasticSpace, ParentShape
 
 
@@ -29,25 +29,11 @@ def start(recipe: Recipe, shape: ParentShape, space: ElasticSpace | None) -> run
     if problems := check_layout(shape, space, parallel, recipe.stages):
         more = f" (and {len(problems) - 1} more; see `plan`)" if len(problems) > 1 else ""
         raise UserError(problems[0] + more)
-    return _start(recipe.seed, parallel)
+    sizes = {field.name: getattr(parallel, field.name) for field in fields(runtime.Layout)}
+    return runtime.start(seed=recipe.seed, **sizes)
 
 
 def start_whole_stages(recipe: Recipe, shape: ParentShape, space: ElasticSpace | None) -> runtime.Runtime:
     """As ``start`` for one pass over data: a pipeline stage is one chunk, and training's batches do not matter."""
     parallel = recipe.parallel.model_copy(update={"virtual_pipeline": None})
-    for problem in check_sequence(parallel, "rank", recipe.rank.seq_length):
-        raise UserError(problem)
     return start(recipe.model_copy(update={"parallel": parallel, "stages": ()}), shape, space)
-
-
-def _start(seed: int, parallel: Parallel) -> runtime.Runtime:
-    return runtime.start(
-        seed=seed,
-        tensor=parallel.tensor,
-        sequence=parallel.sequence,
-        pipeline=parallel.pipeline,
-        virtual_pipeline=parallel.virtual_pipeline,
-        context=parallel.context,
-        expert=parallel.expert,
-        expert_tensor=parallel.expert_tensor,
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from pool import RankError, RankPool
+from pool import JOBS, RankError, RankPool
 
 from elastic_megatron import runtime
 
@@ -35,21 +36,28 @@ def test_a_job_returns_what_every_rank_returned_in_order(ranks: RankPool, world:
         assert torch.equal(tensor, torch.full((2, rank + 1), rank, dtype=torch.float64))
 
 
-def surroundings() -> tuple[int, str | None, str, int, bool]:
-    seen = (os.getpid(), os.environ.get("OF_THE_TEST"), os.getcwd(), torch.get_num_threads())
+def surroundings() -> tuple[str | None, str, int, bool]:
+    seen = (os.environ.get("OF_THE_TEST"), os.getcwd(), torch.get_num_threads())
     return *seen, torch.cuda.is_available()
 
 
-def test_jobs_run_on_the_same_single_threaded_processes_in_the_surroundings_of_the_test(
+def test_ranks_do_several_jobs_before_fresh_ones_take_over(ranks: RankPool) -> None:
+    crews = [tuple(ranks.run(os.getpid, 2)) for _ in range(2 * JOBS)]
+    changes = [i for i in range(1, len(crews)) if crews[i] != crews[i - 1]]
+    assert len(set(crews)) == len(changes) + 1 and changes[0] <= JOBS
+    assert all(later - earlier == JOBS for earlier, later in itertools.pairwise(changes))
+    assert list(crews[-1]) == ranks.pids[1:3]
+
+
+def test_jobs_run_on_single_threads_in_the_surroundings_of_the_test(
     ranks: RankPool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     first, folder = ranks.run(surroundings, 2), str(Path.cwd())
     monkeypatch.setenv("OF_THE_TEST", "yes")
     monkeypatch.chdir(tmp_path)
     second = ranks.run(surroundings, 2)
-    assert [seen[0] for seen in first] == [seen[0] for seen in second] == ranks.pids[1:3]
-    assert {seen[1:] for seen in first} == {(None, folder, 1, False)}
-    assert {seen[1:] for seen in second} == {("yes", str(tmp_path), 1, False)}
+    assert {*first} == {(None, folder, 1, False)}
+    assert {*second} == {("yes", str(tmp_path), 1, False)}
 
 
 def sizes_of_groups(**sizes: int) -> tuple[bool, int, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -105,15 +106,8 @@ def _parallel(args: Namespace) -> Parallel:
             "--use-distributed-optimizer without --dist-ckpt-optim-fully-reshardable: Megatron cannot load the fp32 "
             "parameters that it saves (A_log, D, the router); add the flag"
         )
-    sizes = layout_of(args)
     return Parallel(
-        tensor=sizes.tensor,
-        sequence=sizes.sequence,
-        pipeline=sizes.pipeline,
-        virtual_pipeline=sizes.virtual_pipeline,
-        context=sizes.context,
-        expert=sizes.expert,
-        expert_tensor=sizes.expert_tensor,
+        **asdict(layout_of(args)),
         world_size=args.world_size,
         distributed_optimizer=sharded,
     )
