@@ -58,6 +58,7 @@ def run(tests: str, mutation: Mutation | None) -> Result:
         environment = {
             **os.environ,
             "PYTHONPATH": name,
+            "PYTHONSAFEPATH": "1",  # else processes that tests start find the package of the working directory
             "PYTHONDONTWRITEBYTECODE": "1",
             "OMP_NUM_THREADS": "1",
             "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / "hypothesis"),
