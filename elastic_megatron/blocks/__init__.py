@@ -1,7 +1,7 @@
 """Floor 2: elastic execution of stock Megatron blocks, and the model builder."""
 
+from .forward import forward_only
 from .model import build_chunks, build_elastic_model, build_model, build_sliced_model, transformer_config
-from .passes import forward_only
 from .specs import elastic_hybrid_stack_spec, sliced_stack_spec
 from .stack import ElasticHybridStack, elastic_stack, running
 from .widths import LayerWidths

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import forward_only
-from ..blocks.passes import Batch
+from ..blocks.forward import Batch
 from ..errors import UserError
 from ..space import AXIS_NAMES, ParentShape
 from .depth import depth_ranking, runs
@@ -58,17 +58,9 @@ def collect(
     # of the ranks that have the same batches, and without widths of those that read more than depth needs
     counted = not any(g.rank() for g in (groups.tp, groups.pp, groups.cp, *(() if widths else (groups.dp,))))
     sums, data = Sums(parent, widths, device), _Data(device, counted)
-    first: list[Batch] = []
     with torch.no_grad(), _evaluating(chunks):
-        with ExitStack() as stack:
-            for chunk in chunks:
-                stack.enter_context(watching(chunk, parent, widths, sums))
-            for run in runs(batches if widths else islice(batches, depth_batches), 4 * groups.pp.size()):
-                for batch in run:
-                    data.add(batch["tokens"])
-                first += run[: depth_batches - len(first)]
-                if widths:
-                    forward_only(chunks, run, lambda *_: None)
+        used = batches if widths else islice(batches, depth_batches)
+        first = _watched(chunks, parent, widths, used, sums, data, depth_batches)
         count, digest = data.finish()
         raw = sums.totals()
         scores = scores_of(raw, parent, widths, head_dim_kept)
@@ -86,6 +78,24 @@ def collect(
         if (key := f"layers.{i}.expert_tokens") in raw
     }  # fmt: skip
     return Ranking(scores, orders, tokens, parent.hybrid_layer_pattern, count, digest, _versions())
+
+
+def _watched(
+    chunks: Sequence[Any], parent: ParentShape, widths: Sequence[str], batches: Iterable[Batch], sums: Sums,
+    data: _Data, keep: int,
+) -> list[Batch]:  # fmt: skip
+    """Add every batch to the sums and to the data's; returns the first ``keep`` of them."""
+    kept: list[Batch] = []
+    with ExitStack() as stack:
+        for chunk in chunks:
+            stack.enter_context(watching(chunk, parent, widths, sums))
+        for run in runs(batches, 4 * chunks[0].pg_collection.pp.size()):
+            for batch in run:
+                data.add(batch["tokens"])
+            kept += run[: keep - len(kept)]
+            if widths:
+                forward_only(chunks, run, lambda *_: None)
+    return kept
 
 
 def _shared(batches: Sequence[Batch], group: Any) -> list[Batch]:

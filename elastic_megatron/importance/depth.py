@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import forward_only
-from ..blocks.passes import Batch
+from ..blocks.forward import Batch
 from .scores import wide
 
 _ROWS = 1024

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Batches:
         Raises ``UserError`` where a token has no embedding.
         """
         place, groups = self.curriculum.place(step), runtime.groups()
-        stage, rank, ranks, context = place.stage, groups.dp.rank(), groups.dp.size(), groups.cp
+        stage, rank, ranks = place.stage, groups.dp.rank(), groups.dp.size()
         samples, out = self._dataset(place.stage_index), []
         for m in range(stage.global_batch_size // (stage.micro_batch_size * ranks)):
             batch = blend.batch(
@@ -39,16 +40,8 @@ class Batches:
                 microbatch=m,
             )  # fmt: skip
             check_tokens(batch["tokens"], self.vocab_size)
-            local = {k: zigzag(v, 1, context.rank(), context.size()) for k, v in batch.items()}
-            unit = self.curriculum.unit(place, (m * ranks + rank) * stage.micro_batch_size)
-            out.append(
-                MicroBatch(
-                    **{k: v.to(self.device) for k, v in local.items()},
-                    step=step,
-                    budget=self.curriculum.draw_budget(place, unit) if self.recipe.budgets else None,
-                    key=(self.recipe.seed, "gumbel", step, unit),
-                )
-            )
+            first = (m * ranks + rank) * stage.micro_batch_size
+            out.append(micro_batch(batch, self.device, self.curriculum, place, first))
         return out
 
     def budgets(self, place: Place) -> str | dict[str, int]:
@@ -71,6 +64,28 @@ class Batches:
                 )
             }
         return self.datasets[index]
+
+
+def micro_batch(
+    batch: Mapping[str, Tensor],
+    device: torch.device,
+    curriculum: Curriculum,
+    place: Place | None,
+    sample: int,
+) -> MicroBatch:
+    """This rank's part of a batch of whole sequences, with its draws.
+
+    Args:
+        place: of the step; ``None`` outside of training, where nothing is drawn.
+        sample: the batch's first, counted within the step.
+    """
+    context, recipe = runtime.groups().cp, curriculum.recipe
+    local = {k: zigzag(batch[k], 1, context.rank(), context.size()).to(device) for k in blend.BATCH_KEYS}
+    if place is None:
+        return MicroBatch(**local, step=0, budget=None, key=())
+    unit = curriculum.unit(place, sample)
+    budget = curriculum.draw_budget(place, unit) if recipe.budgets else None
+    return MicroBatch(**local, step=place.step, budget=budget, key=(recipe.seed, "gumbel", place.step, unit))
 
 
 def eval_windows(recipe: Recipe) -> list[Tensor]:

@@ -21,8 +21,8 @@ from ..recipe import Recipe
 from ..router import BudgetRouter
 from ..router.loss import relative_target
 from ..space import ElasticSpace
+from .distill import DistilledChunk
 from .family import DTYPES
-from .pair import DistilledChunk
 
 
 @dataclass(frozen=True)

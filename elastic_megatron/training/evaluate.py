@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import runtime
 from ..blocks import forward_only, running
-from ..blocks.passes import Batch
+from ..blocks.forward import Batch
 from ..ops.kd import token_cross_entropy
 from ..ops.mix import SubmodelMix
 from ..space import ElasticSpace, SubmodelSpec

@@ -20,8 +20,8 @@ from elastic_megatron.router import BudgetRouter
 from elastic_megatron.router.loss import relative_target
 from elastic_megatron.training.batches import Batches
 from elastic_megatron.training.curriculum import Curriculum
+from elastic_megatron.training.distill import DistilledChunk
 from elastic_megatron.training.family import parent_source
-from elastic_megatron.training.pair import DistilledChunk
 from elastic_megatron.training.start import start
 from elastic_megatron.training.step import ForwardStep
 

@@ -9,7 +9,7 @@ from megatron.training.models import HybridModelBuilder
 
 from ... import runtime
 from ...checkpoint.agreement import ROUTER
-from ...training.pair import DistilledChunk
+from ...training.distill import DistilledChunk
 
 
 class FullPrecisionBuilder(HybridModelBuilder):

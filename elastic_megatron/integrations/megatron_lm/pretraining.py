@@ -27,11 +27,10 @@ from ...checkpoint.agreement import same_on_all_ranks
 from ...checkpoint.resolve import budgets, elastic_space
 from ...checkpoint.sort import sort_space
 from ...cost.layout import check_layout, check_sequence
-from ...data.blend import BATCH_KEYS
 from ...errors import UserError
 from ...importance import Ranking
-from ...ops.parallel import zigzag
 from ...space import SubmodelSpec
+from ...training.batches import micro_batch
 from ...training.build import build_router, build_teacher, moe_overrides
 from ...training.curriculum import Curriculum
 from ...training.datasets import check_tokens
@@ -203,14 +202,9 @@ class ElasticPretraining:
     def _micro_batch(self, batch: dict[str, Tensor], step: int | None) -> MicroBatch:
         """This rank's part of a batch of Megatron's loader; without a step nothing is drawn."""
         check_tokens(batch["tokens"], self.manifest.shape.vocab_size)
-        context, device = runtime.groups().cp, next(self.router.parameters()).device
-        local = {k: zigzag(batch[k], 1, context.rank(), context.size()).to(device) for k in BATCH_KEYS}
-        if step is None:
-            return MicroBatch(**local, step=0, budget=None, key=())
-        place = self.curriculum.place(step)
-        unit = self.curriculum.unit(place, int(batch["sample"][0]) - self.args.consumed_train_samples)
-        budget = self.curriculum.draw_budget(place, unit)
-        return MicroBatch(**local, step=step, budget=budget, key=(self.recipe.seed, "gumbel", step, unit))
+        device, first = next(self.router.parameters()).device, int(batch["sample"][0])
+        place = None if step is None else self.curriculum.place(step)
+        return micro_batch(batch, device, self.curriculum, place, first - self.args.consumed_train_samples)
 
     def _finalize(self, *args: Any, **kwargs: Any) -> None:
         """Megatron's reduction of gradients, with the router's among them."""
