@@ -1,14 +1,25 @@
-"""``config.json`` of an exported model: the parent's, with only the sliced fields changed."""
+"""``config.json`` of an exported model: the parent's, with only the sliced fields changed.
+
+A model of equal layers is a ``nemotron_h``. One whose MoE or dense layers differ in width is a ``nemotron_h_puzzle``,
+read in the sources of its loaders and not run in them: ``block_configs`` states each layer, as a ``block_type`` and the
+``nemotron_h`` fields that are its own. vLLM (vllm/model_executor/models/nemotron_h.py, PRs 32549 and 35396) builds
+MoE, dense and attention layers from ``get_nemotron_h_config_for_layer`` of the config, Mamba layers, and their caches,
+from the model's fields; it has no config class of its own and takes the one that ``auto_map`` names. SGLang
+(python/sglang/srt/configs/nemotron_h.py and models/nemotron_h.py) has one, reads MoE and attention layers by it, and
+one dense width. Released models of that type (Megatron-Bridge's nemotron_h_puzzle_bridge.py) vary expert width and
+top-k; per-layer head counts are stated by none of them and refused here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import UserError
-from ..space import ParentShape
+from ..space import AXIS_NAMES, ParentShape, axis
 from .manifest import Manifest
 
 # Megatron, mamba-ssm's kernels and vLLM bound dt by (0, inf); transformers' own mixer clamps it from below at
@@ -44,28 +55,63 @@ _COMPLETE: Mapping[str, Any] = {
 }
 
 
-def hf_config(manifest: Manifest, shape: ParentShape, remote_code: bool) -> dict[str, Any]:
+_BLOCK_TYPES = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
+# second names of a field that transformers takes in place of the first; a stale one would win
+_SYNONYMS = {
+    "mamba_expand": "expand",
+    "num_local_experts": "n_routed_experts",
+    "layer_types": "layers_block_type",
+}
+_PER_LAYER = {
+    "num_moe_experts": "E",
+    "moe_ffn_hidden_size": "E",
+    "moe_shared_expert_intermediate_size": "E",
+    "ffn_hidden_size": "-",
+}
+_PUZZLE_MODULE = "configuration_nemotron_h_puzzle"
+
+
+def hf_config(
+    manifest: Manifest,
+    shape: ParentShape,
+    remote_code: bool,
+    layer_sizes: Mapping[int, Mapping[str, int]] | None = None,
+) -> dict[str, Any]:
     """The ``config.json`` of ``shape``, a submodel (or the whole) of the manifest's model.
 
     Where the manifest has no config of a parent, it is a complete one with the options of the family.
 
     Args:
+        shape: where layers differ, the largest sizes.
         remote_code: whether the directory gets the files that ``auto_map`` names; without them it is dropped.
+        layer_sizes: for each layer of ``shape`` that differs from it, the sizes that do.
 
-    Raises ``UserError`` for a shape that ``nemotron_h`` cannot state.
+    Raises ``UserError`` for a shape that loaders cannot be told of.
     """
-    base = dict(manifest.hf_config) or {**_COMPLETE, **manifest.shape.to_hf()}
-    before = manifest.shape.to_hf()
-    changed = {k: v for k, v in shape.to_hf().items() if k not in base or before.get(k) != v}
-    if "layers_block_type" in changed:
-        changed |= _layer_types(base, manifest.shape, shape, changed["layers_block_type"])
+    before, sizes, base = manifest.shape.to_hf(), shape.to_hf(), dict(manifest.hf_config)
+    base = base or {**_COMPLETE, **before, "layers_block_type": None}
+    changed = {k: v for k, v in sizes.items() if k not in base or before.get(k) != v}
     config = base | changed | {"time_step_min": NO_CLAMP}
-    if "auto_map" in base and "layers_block_type" not in base:
-        # there it is a property without a setter, and loading would fail
-        config.pop("layers_block_type", None)
+    config |= {other: config[f] for other, f in _SYNONYMS.items() if other in config and f in changed}
+    stale = set()
+    if shape != manifest.shape and "expand" not in sizes:
+        # no whole number, and transformers takes no other; it reads the head sizes instead
+        stale.add("expand")
+    if base.get("layers_block_type") != before["layers_block_type"]:
+        # hybrid_override_pattern says the same to every loader; beside it, transformers refuses the spellings from
+        # before 5.14, SGLang those since then, and in remote code that lacks the list it has no setter
+        stale.add("layers_block_type")
+    config = {k: v for k, v in config.items() if _SYNONYMS.get(k, k) not in stale}
     if not remote_code:
         config.pop("auto_map", None)
-    return config | _no_shared_experts(shape)
+    return config | _no_shared_experts(shape) | _own_layers(manifest, shape, layer_sizes or {})
+
+
+def code_files(config: Mapping[str, Any]) -> dict[str, Path]:
+    """The files of this package that a directory with this config needs, by the names they get there."""
+    if "block_configs" not in config:
+        return {}
+    return {f"{_PUZZLE_MODULE}.py": Path(__file__).with_name("hf_layers.py")}
 
 
 def with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -73,17 +119,6 @@ def with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     name = str(dtype).removeprefix("torch.")
     spellings = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     return {**config, **dict.fromkeys(spellings, name)}
-
-
-def _layer_types(
-    base: Mapping[str, Any], before: ParentShape, shape: ParentShape, default: list[str]
-) -> dict[str, Any]:
-    """Layer types in the parent's spelling, which changed with transformers 5.14."""
-    known = base.get("layers_block_type")
-    if not known:
-        return {"layers_block_type": default}
-    spelling = dict(zip(before.hybrid_layer_pattern, known, strict=True))
-    return {"layers_block_type": [spelling[s] for s in shape.hybrid_layer_pattern]}
 
 
 def _no_shared_experts(shape: ParentShape) -> dict[str, Any]:
@@ -96,3 +131,43 @@ def _no_shared_experts(shape: ParentShape) -> dict[str, Any]:
             "them the dense width and random weights; train with moe_shared_expert_intermediate_size > 0"
         )
     return {"n_shared_experts": 0, "moe_shared_expert_intermediate_size": 0, "intermediate_size": 0}
+
+
+def _own_layers(
+    manifest: Manifest, shape: ParentShape, layer_sizes: Mapping[int, Mapping[str, int]]
+) -> dict[str, Any]:
+    """Fields that state layers of different width; none where they do not differ.
+
+    Raises ``UserError`` for an axis that no loader reads by layer.
+    """
+    own = {i: {a: n for a, n in sizes.items() if n != getattr(shape, a)} for i, sizes in layer_sizes.items()}
+    differing = [a for a in AXIS_NAMES if any(a in sizes for sizes in own.values())]
+    if refused := [a for a in differing if a not in _PER_LAYER]:
+        raise UserError(
+            f"{', '.join(refused)} differs between layers, which no loader of nemotron_h models can be told; "
+            f"choose a submodel with equal widths ({_equal_widths(manifest)}), or train without space.per_layer "
+            f"for {', '.join(refused)}"
+        )
+    if not differing:
+        return {}
+    blocks: list[dict[str, Any]] = []
+    for layer, symbol in enumerate(shape.hybrid_layer_pattern):
+        sizes = {
+            a: own.get(layer, {}).get(a, getattr(shape, a)) for a, s in _PER_LAYER.items() if s == symbol
+        }
+        top_k = {"num_experts_per_tok": shape.moe_router_topk} if symbol == "E" else {}
+        blocks.append(
+            {"block_type": _BLOCK_TYPES[symbol], **{axis(a).hf: n for a, n in sizes.items()}, **top_k}
+        )
+    return {
+        "model_type": "nemotron_h_puzzle",
+        "architectures": ["NemotronHPuzzleForCausalLM"],
+        "auto_map": {"AutoConfig": f"{_PUZZLE_MODULE}.NemotronHPuzzleConfig"},
+        "block_configs": blocks,
+    }
+
+
+def _equal_widths(manifest: Manifest) -> str:
+    space = manifest.space
+    names = [n for n, spec in manifest.submodels.items() if space is None or not space.differing(spec)]
+    return f"this family has: {', '.join(names)}" if names else "this family has none"

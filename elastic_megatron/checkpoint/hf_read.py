@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserError
 from ..space import ParentShape
-from .hf_names import HEAD, check_shape, from_hf, hf_tensors
+from .hf_names import EMBEDDING, HEAD, hf_pieces
 from .manifest import Manifest
+from .safetensors_files import SafetensorsFiles
+from .stored import Entry, StoredModel, model_tensors, stored_shapes
 
 CONFIG = "config.json"
 ELASTIC_CONFIG = "elastic_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# what a slice takes along besides weights and config; *.py is the remote code that ``auto_map`` names
+# what an export takes along besides weights and config; *.py is the remote code that ``auto_map`` names
 _SIDE_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -32,71 +31,51 @@ _SIDE_FILES = (
     "chat_template*",
     "generation_config.json",
     "*.py",
+    "LICENSE*",
+    "NOTICE*",
 )
-_EMBEDDING = "backbone.embeddings.weight"
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
-@dataclass(frozen=True)
-class HFDirectory:
-    """An opened directory.
+def read_hf(directory: Path) -> StoredModel:
+    """Open a directory and check every file header: names, shapes, dtypes and lengths, but no data.
 
-    Args:
-        config: ``config.json``.
-        manifest: ``elastic_config.json``, or for a plain model its shape and config.
-        tokenizer_files: tokenizer, generation and remote-code files.
-        where: the shard that holds each Hugging Face tensor.
-    """
-
-    path: Path
-    config: Mapping[str, Any]
-    manifest: Manifest
-    tokenizer_files: tuple[Path, ...]
-    where: Mapping[str, Path]
-
-    def tensors(self, wanted: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """(Megatron name, tensor) of the whole model, one at a time, in the dtype they are stored in.
-
-        Only tensors of the names ``wanted`` are read, where they are given.
-
-        Raises ``UserError`` where the output layer of a tied model differs from its embedding.
-        """
-        with ExitStack() as stack:
-            shards = {
-                file: stack.enter_context(safe_open(file, framework="pt"))
-                for file in sorted(set(self.where.values()))
-            }
-
-            def read(name: str) -> Tensor:
-                return shards[self.where[name]].get_tensor(name)
-
-            tied = self.manifest.shape.tie_embeddings and HEAD in self.where
-            if tied and not torch.equal(read(HEAD), read(_EMBEDDING)):
-                raise UserError(
-                    f"{self.path}: tie_word_embeddings is true, but lm_head.weight differs from the embedding; "
-                    "set it to false in config.json"
-                )
-            yield from from_hf(self.manifest.shape, read, wanted)
-
-
-def read_hf(directory: Path) -> HFDirectory:
-    """Open a directory and check every file header: names, shapes and lengths, but no data.
+    Reading the embedding of a tied model raises ``UserError`` where ``lm_head.weight`` is there and differs.
 
     Raises ``UserError`` where a file is missing or damaged, the model is of another type, or a tensor is
-    missing, unknown or of another shape; nothing is dropped in silence.
+    missing, unknown, of another shape or quantised; nothing is dropped in silence.
     """
     config = read_config(directory)
     shape = ParentShape.from_hf(config)
-    elastic = directory / ELASTIC_CONFIG
-    manifest = Manifest.read(elastic) if elastic.exists() else Manifest(shape=shape, hf_config=config)
     if "quantization_config" in config:
         raise UserError(f"{directory} is quantised; give the directory with the BF16 or FP32 weights")
-    where: dict[str, Path] = {}
-    shapes: dict[str, list[int]] = {}
-    for file in _shards(directory):
-        for name, size in _header(file).items():
-            where[name], shapes[name] = file, size
-    _check_tensors(directory, manifest.shape, shapes)
-    return HFDirectory(directory, config, manifest, side_files(directory), where)
+    elastic = directory / ELASTIC_CONFIG
+    manifest = Manifest(shape=shape, hf_config=config)
+    if elastic.exists():
+        manifest = Manifest.read(elastic)
+        if ParentShape.from_hf({"model_type": "nemotron_h", **manifest.shape.to_hf()}) != shape:
+            raise UserError(
+                f"{directory / CONFIG} and {elastic} describe different models; restore the one that was changed"
+            )
+    files = (_TiedFiles if shape.tie_embeddings else SafetensorsFiles)(_shards(directory))
+    _check_tensors(directory, manifest.shape, files.entries)
+    side = directory if side_files(directory) else None
+    return StoredModel(directory, manifest, files, hf_pieces, side)
+
+
+class _TiedFiles(SafetensorsFiles):
+    """Files that may hold the embedding a second time, as the output layer."""
+
+    def read(self, key: str, start: int, out: Tensor) -> None:
+        super().read(key, start, out)
+        if key == EMBEDDING and HEAD in self.entries:
+            other = torch.empty_like(out)
+            super().read(HEAD, start, other)
+            if not torch.equal(out, other):
+                raise UserError(
+                    f"{self.where[HEAD].parent}: tie_word_embeddings is true, but lm_head.weight differs from the "
+                    "embedding; set it to false in config.json"
+                )
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -144,22 +123,14 @@ def _shards(directory: Path) -> list[Path]:
     return files
 
 
-def _header(file: Path) -> dict[str, list[int]]:
-    try:
-        with safe_open(file, framework="pt") as shard:
-            return {name: shard.get_slice(name).get_shape() for name in shard.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{file} is truncated or no safetensors file ({e}); copy it again") from None
-
-
-def _check_tensors(directory: Path, shape: ParentShape, found: Mapping[str, list[int]]) -> None:
+def _check_tensors(directory: Path, shape: ParentShape, found: Mapping[str, Entry]) -> None:
     if mtp := [n for n in found if n.startswith("mtp.")]:
         raise UserError(
             f"{directory} holds {len(mtp)} multi-token-prediction tensors ({mtp[0]}, …), which elastic models "
             "cannot carry; remove them and set num_nextn_predict_layers to 0"
         )
-    wanted = {name: size for item in hf_tensors(shape) for name, size in item.parts}
-    optional = {HEAD: wanted[_EMBEDDING]} if shape.tie_embeddings else {}
+    wanted = stored_shapes(model_tensors(shape), hf_pieces)
+    optional = {HEAD: wanted[EMBEDDING]} if shape.tie_embeddings else {}
     if missing := [n for n in wanted if n not in found]:
         raise UserError(
             f"{directory}: tensor {missing[0]!r} is missing ({len(missing)} of {len(wanted)}); copy the weights "
@@ -170,5 +141,15 @@ def _check_tensors(directory: Path, shape: ParentShape, found: Mapping[str, list
             f"{directory}: tensor {unknown[0]!r} belongs to no block of pattern {shape.hybrid_layer_pattern!r} "
             f"({len(unknown)} unknown); nothing is dropped in silence: remove it, or correct config.json"
         )
-    for name, size in found.items():
-        check_shape(name, size, (wanted | optional)[name])
+    for name, entry in found.items():
+        shape_wanted = (wanted | optional)[name]
+        if entry.shape != shape_wanted:
+            raise UserError(
+                f"{directory}: tensor {name!r} has shape {list(entry.shape)}, the model's sizes say "
+                f"{list(shape_wanted)}; the weights and the configuration belong to different models"
+            )
+        if entry.dtype not in DTYPES:
+            raise UserError(
+                f"{directory}: tensor {name!r} has dtype {str(entry.dtype).removeprefix('torch.')}; give the "
+                "directory with the BF16, FP16 or FP32 weights"
+            )

@@ -57,9 +57,25 @@ def verify(folder: Path, rank: int = 0, world: int = 1) -> None:
 
     Raises ``UserError`` that names the first file that is missing, cut short or changed.
     """
+    files, sizes = _read(folder)
+    for name in _share({n: sizes.get(n, 0) for n in files}, rank, world):
+        if problem := _problem(folder / name, sizes.get(name), files[name]):
+            raise UserError(f"{folder / name} {problem}; {_REMEDY}")
+
+
+def verify_sizes(folder: Path) -> None:
+    """As ``verify``, of all files, but without reading them."""
+    files, sizes = _read(folder)
+    for name in sorted(files):
+        if problem := _problem(folder / name, sizes.get(name), None):
+            raise UserError(f"{folder / name} {problem}; {_REMEDY}")
+
+
+def _read(folder: Path) -> tuple[dict[str, str], dict[str, int]]:
+    """Digests and sizes by file name, empty without ``integrity.json``."""
     file = folder / FILE
     if not file.exists():
-        return
+        return {}, {}
     try:
         data = json.loads(file.read_text())
         files, sizes = dict(data["files"]), dict(data.get("sizes", {}))
@@ -68,20 +84,19 @@ def verify(folder: Path, rank: int = 0, world: int = 1) -> None:
         raise UserError(f"{file} is damaged ({type(e).__name__}: {e}); {_REMEDY}") from None
     if algorithm != ALGORITHM:
         raise UserError(f"{file} has algorithm {algorithm!r}, this release reads {ALGORITHM!r}; {_REMEDY}")
-    for name in _share({n: sizes.get(n, 0) for n in files}, rank, world):
-        if problem := _problem(folder / name, sizes.get(name), files[name]):
-            raise UserError(f"{folder / name} {problem}; {_REMEDY}")
+    return files, sizes
 
 
 _REMEDY = "name an older iteration in the tracker file, or restore this one from a backup"
 
 
-def _problem(file: Path, size: int | None, digest: str) -> str | None:
+def _problem(file: Path, size: int | None, digest: str | None) -> str | None:
     try:
         found = file.stat().st_size
         if size is not None and found != size:
             return f"has {found} bytes instead of {size}"
-        return None if _digest(file) == digest else "is damaged: its bytes are not those that were saved"
+        changed = digest is not None and _digest(file) != digest
+        return "is damaged: its bytes are not those that were saved" if changed else None
     except FileNotFoundError:
         return "is missing"
     except OSError as e:

@@ -48,17 +48,6 @@ def locate(parent: ParentShape, name: str) -> tuple[int | None, TensorLayout, in
     raise UserError(f"tensor {name!r} belongs to no block of pattern {parent.hybrid_layer_pattern!r}")
 
 
-def expected(parent: ParentShape) -> Iterator[tuple[str, TensorLayout]]:
-    """Every tensor name of a model of that shape, as the local spec spells it."""
-    fields = parent_fields(parent)
-    for layout in ends(parent.tie_embeddings):
-        yield layout.name, layout
-    for layer, symbol in enumerate(parent.hybrid_layer_pattern):
-        for layout in tensors_of(symbol, fields):
-            for e in range(parent.num_moe_experts) if layout.per_expert else (0,):
-                yield f"decoder.layers.{layer}.{layout.name.format(e=e)}", layout
-
-
 def weights(model_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a module's state dict that belong to the model: no extra states, no budget router."""
     return {

@@ -1,4 +1,4 @@
-"""Open a model wherever it lies: a Megatron checkpoint, a Hugging Face directory, or sizes to initialise."""
+"""Open a model wherever it lies: a Megatron checkpoint or a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import UserError
-from . import distributed, shards, tracker
+from . import distributed, integrity, shards, tracker
+from .foreign import foreign_folder, foreign_manifest
+from .hf_read import read_hf, side_files
 from .manifest import FILE, Manifest
+from .resolve import CONFIG
+from .stored import StoredModel
+from .torch_dist import open_torch_dist
 
 
 @dataclass(frozen=True)
@@ -33,26 +38,57 @@ def open_source(path: Path) -> Source:
     """
     if tracker.is_checkpoint(path):
         folder = tracker.resolve(path)
-        side = folder / "hf"
-        return Source(
-            folder,
-            Manifest.read(folder / FILE),
-            lambda chunks: distributed.load(folder, chunks),
-            side if side.is_dir() else None,
-        )
-    if path.is_dir() and (path / "config.json").exists():
-        from .hf import read_hf
-
-        directory = read_hf(path)
+        manifest = Manifest.read(folder / FILE)
+        return Source(folder, manifest, lambda chunks: distributed.load(folder, chunks), _side(folder))
+    if is_hf(path):
+        stored = read_hf(path)
 
         def fill(chunks: Sequence[nn.Module]) -> None:
-            parts = shards.by_name(chunks, directory.manifest.shape)
-            shards.fill(parts, directory.tensors(parts))
+            parts = shards.by_name(chunks, stored.manifest.shape)
+            shards.fill(parts, stored.state(parts))
 
-        return Source(path, directory.manifest, fill, path)
+        return Source(path, stored.manifest, fill, path)
+    raise nowhere(path)
+
+
+def open_stored(path: Path, config: Path | None = None) -> StoredModel:
+    """The same, and checkpoints that Megatron-LM or Megatron-Bridge wrote, to be read tensor by tensor.
+
+    Args:
+        config: the Hugging Face directory that a checkpoint of another program came from: its sizes, where the
+            checkpoint does not say them, and the tokenizer and config that an export takes along.
+
+    Raises ``UserError`` where it is none of them, or a header is damaged; sizes of files are compared with
+    ``integrity.json`` where there is one, their bytes are not.
+    """
+    if config is not None and not is_hf(config):
+        raise UserError(f"{config} has no config.json; give a Hugging Face model directory")
+    side = config if config is not None and side_files(config) else None
+    if tracker.is_checkpoint(path):
+        folder = tracker.resolve(path)
+        manifest = Manifest.read(folder / FILE)
+        integrity.verify_sizes(folder)
+        return open_torch_dist(folder, manifest, side or _side(folder))
+    if is_hf(path):
+        return read_hf(path)
+    if folder := foreign_folder(path):
+        return open_torch_dist(folder, foreign_manifest(folder, config), side)
+    raise nowhere(path)
+
+
+def is_hf(path: Path) -> bool:
+    return path.is_dir() and (path / CONFIG).exists()
+
+
+def nowhere(path: Path) -> UserError:
     what = (
         "does not exist"
         if not path.exists()
         else "is neither a Megatron checkpoint nor a Hugging Face directory"
     )
-    raise UserError(f"{path} {what}; give a run folder, an iter_* folder or a directory with config.json")
+    return UserError(f"{path} {what}; give a run folder, an iter_* folder or a directory with config.json")
+
+
+def _side(folder: Path) -> Path | None:
+    side = folder / "hf"
+    return side if side.is_dir() else None

@@ -3,128 +3,165 @@
 from __future__ import annotations
 
 import argparse
+import re
+import sys
+import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+if TYPE_CHECKING:
+    from ..conversion import Report
 
 _DTYPES = ("fp32", "bf16")
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("import", help="Hugging Face directory -> Megatron checkpoint")
     parser.add_argument("source", type=Path, metavar="HF_DIR")
-    parser.add_argument("destination", type=Path, metavar="CKPT")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("destination", type=Path, metavar="CKPT", help="must hold no checkpoint yet")
+    _common(parser)
     parser.set_defaults(handler=_import)
 
     parser = subparsers.add_parser("export", help="Megatron checkpoint -> Hugging Face directory")
     parser.add_argument("source", type=Path, metavar="CKPT", help="run folder, checkpoint or iter_* folder")
-    parser.add_argument("destination", type=Path, metavar="HF_DIR")
+    parser.add_argument("destination", type=Path, metavar="HF_DIR", help="must not exist yet, or be empty")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--submodel", metavar="NAME", help="export one submodel")
     what.add_argument(
         "--elastic", action="store_true", help="the full model with elastic_config.json, to slice later"
     )
     parser.add_argument(
-        "--plain-order", action="store_true", help="undo the lanes: plain prefixes, best first"
-    )
+        "--config", type=Path, metavar="HF_DIR",
+        help="for a checkpoint of Megatron-LM or Megatron-Bridge: the directory the model came from",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=_DTYPES, help="data type of the weights (default: as stored)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    _common(parser)
+    _to_hf(parser)
     parser.set_defaults(handler=_export)
 
-    parser = subparsers.add_parser("slice", help="cut one submodel out of an elastic directory or checkpoint")
+    parser = subparsers.add_parser("slice", help="cut submodels out of an elastic directory or checkpoint")
     parser.add_argument(
         "source", type=Path, metavar="SRC", help="elastic Hugging Face directory or checkpoint"
     )
-    parser.add_argument("destination", type=Path, metavar="DST")
-    parser.add_argument("--submodel", required=True, metavar="NAME")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument(
+        "destination", type=Path, metavar="DST", help="a directory; of several submodels it holds one each"
+    )
+    parser.add_argument(
+        "--submodel", required=True, action="append", metavar="NAME", help="may be given several times"
+    )
+    parser.add_argument(
+        "--elastic", action="store_true", help="keep the smaller submodels nested in it, to slice again"
+    )
+    _common(parser)
+    _to_hf(parser)
     parser.set_defaults(handler=_slice)
 
 
-def _import(args: argparse.Namespace) -> dict[str, Any] | None:
-    from .. import runtime
-    from ..blocks import build_model
-    from ..checkpoint import distributed, tracker
-    from ..checkpoint.source import open_source
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--verify", action="store_true", help="read everything back and compare it with the source"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
-    if tracker.is_checkpoint(args.destination):
-        raise UserError(f"{args.destination} holds a checkpoint already; choose another folder")
-    source = open_source(args.source)
-    runtime.start()
-    model = build_model(source.manifest.shape)
-    source.fill([model])
-    distributed.save(args.destination, 0, [model], source.manifest, hf_files=source.hf_files)
-    return _done(args)
+
+def _to_hf(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plain-order", action="store_true", help="undo the lanes: plain prefixes, best first"
+    )
+    parser.add_argument(
+        "--max-shard-size", type=_size, default="5GB", metavar="SIZE",
+        help="of a safetensors file: 500MB, 5GB, 2GiB (default: 5GB)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--trust-source", action="store_true",
+        help="do not compare a checkpoint's files with their digests first",
+    )  # fmt: skip
+
+
+def _import(args: argparse.Namespace) -> dict[str, Any] | None:
+    from ..checkpoint.source import open_stored
+    from ..conversion import to_megatron
+
+    source = open_stored(args.source)
+    report = to_megatron(source, args.destination, verify=args.verify, progress=_Progress("import"))
+    return _done(args, report)
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any] | None:
-    export(
-        args.source,
-        args.destination,
-        submodel=args.submodel,
-        elastic=args.elastic,
-        plain_order=args.plain_order,
-        dtype=args.dtype,
-    )
-    return _done(args)
+    from ..conversion import Request
+
+    request = Request(args.destination, args.submodel, args.elastic, args.plain_order)
+    return _write(args, [request], config=args.config, dtype=args.dtype)
 
 
 def _slice(args: argparse.Namespace) -> dict[str, Any] | None:
-    from ..checkpoint import tracker
-    from ..checkpoint.hf import slice_hf
+    from ..conversion import Request
 
-    if tracker.is_checkpoint(args.source):
-        export(args.source, args.destination, submodel=args.submodel)
-    else:
-        slice_hf(args.source, args.destination, args.submodel)
-    return _done(args)
+    names = list(dict.fromkeys(args.submodel))
+    several = len(names) > 1
+    requests = [
+        Request(args.destination / n if several else args.destination, n, args.elastic, args.plain_order)
+        for n in names
+    ]
+    return _write(args, requests)
 
 
-def _done(args: argparse.Namespace) -> dict[str, Any] | None:
+def _write(
+    args: argparse.Namespace, requests: Sequence[Any], config: Path | None = None, dtype: str | None = None
+) -> dict[str, Any] | None:
+    import torch
+
+    from ..checkpoint.source import open_stored
+    from ..conversion import to_hf
+
+    source = open_stored(args.source, config)
+    report = to_hf(
+        source,
+        requests,
+        dtype={"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[dtype],
+        max_shard_bytes=args.max_shard_size,
+        verify=args.verify,
+        trust=args.trust_source,
+        progress=_Progress("convert"),
+    )
+    return _done(args, report)
+
+
+def _done(args: argparse.Namespace, report: Report) -> dict[str, Any] | None:
     if args.json:
-        return {"written": str(args.destination)}
-    print(f"wrote {args.destination}")
+        return report.to_dict()
+    for path in report.written:
+        print(f"wrote {path}")
+    note = ", read back and equal to its source" if report.verified else ""
+    print(f"{report.tensors} tensors, {report.bytes_written / 1e9:.2f} GB{note}")
     return None
 
 
-def export(
-    source: Path,
-    destination: Path,
-    *,
-    submodel: str | None = None,
-    elastic: bool = False,
-    plain_order: bool = False,
-    dtype: str | None = None,
-) -> None:
-    """Write a checkpoint's model, or one of its submodels, as a Hugging Face directory.
+def _size(text: str) -> int:
+    """Bytes of ``5GB``, ``500 MiB`` or a plain number."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match and match[2].upper() in _UNITS else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 5GB, 500MB or 2GiB")
+    return size
 
-    Raises ``UserError`` for an unknown submodel, a destination that exists, or a checkpoint that is damaged.
-    """
-    import torch
 
-    from .. import runtime
-    from ..blocks import build_model
-    from ..checkpoint.hf import write_hf
-    from ..checkpoint.slice import weights
-    from ..checkpoint.source import open_source
+class _Progress:
+    """Says on stderr how much has been read, every few seconds."""
 
-    opened = open_source(source)
-    if submodel is not None:
-        opened.manifest.submodel(submodel)
-    if elastic and opened.manifest.space is None:
-        raise UserError(f"{source} is not elastic; export it without --elastic")
-    runtime.start()
-    model = build_model(opened.manifest.shape)
-    opened.fill([model])
-    write_hf(
-        destination,
-        opened.manifest,
-        weights(model.state_dict()).items(),
-        submodel=submodel,
-        elastic=elastic,
-        tokenizer_dir=opened.hf_files,
-        dtype={"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[dtype],
-        plain_order=plain_order,
-    )
+    def __init__(self, what: str, every: float = 5.0) -> None:
+        self._what, self._every = what, every
+        self._lock, self._bytes = threading.Lock(), 0
+        self._start = self._said = time.monotonic()
+
+    def __call__(self, read: int) -> None:
+        with self._lock:
+            self._bytes += read
+            now = time.monotonic()
+            if now - self._said >= self._every:
+                self._said = now
+                rate = self._bytes / 1e6 / (now - self._start)
+                print(f"{self._what}: {self._bytes / 1e9:.1f} GB read, {rate:.0f} MB/s", file=sys.stderr)

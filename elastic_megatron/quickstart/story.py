@@ -169,18 +169,19 @@ def _rank(story: Story) -> None:
 
 
 def _export(story: Story, name: str) -> None:
-    from ..commands.convert import export
+    from ..checkpoint.source import open_stored
+    from ..conversion import Request, to_hf
 
     shutil.rmtree(story.out / name, ignore_errors=True)
-    if name == "parent_hf":
-        export(story.parent.run_dir, story.out / name)
-    else:
-        export(story.run, story.out / name, elastic=True)
+    elastic = name == "elastic_hf"
+    source = open_stored(story.run if elastic else story.parent.run_dir)
+    to_hf(source, [Request(story.out / name, elastic=elastic)])
 
 
 def _slice(story: Story) -> None:
-    from ..checkpoint.hf import read_hf, slice_hf
+    from ..checkpoint.hf_read import read_hf
+    from ..conversion import Request, to_hf
 
-    elastic = story.out / "elastic_hf"
+    elastic = read_hf(story.out / "elastic_hf")
     shutil.rmtree(story.out / "slices", ignore_errors=True)
-    slice_hf(elastic, story.out / "slices", list(read_hf(elastic).manifest.submodels))
+    to_hf(elastic, [Request(story.out / "slices" / name, name) for name in elastic.manifest.submodels])

@@ -11,7 +11,8 @@ Megatron's QKV is ``[q | k | v]`` interleaved by KV group, and a tensor-parallel
 ``[z | x | B | C | dt]`` interleaved by rank.
 
 Names are those of modules built from the local spec; ``aliases`` are the spellings of Transformer Engine's
-fused modules and of older releases. ``{e}`` stands for the expert's index.
+fused modules and of older releases. ``{e}`` stands for the expert's index. ``torch_dist`` checkpoints have keys of
+their own: one a segment where a tensor is ``split``, one with a leading dimension for all experts of a layer.
 """
 
 from __future__ import annotations
@@ -41,9 +42,10 @@ class Segment:
 class TensorLayout:
     """One tensor of a block.
 
-    ``hf`` is the Hugging Face name (``None`` where each segment of dimension 0 has its own). ``per_expert``
-    tensors exist once an expert. ``role`` tells cost models what the tensor does: ``matmul`` weights are
-    multiplied with every token, ``vector`` parameters are element-wise, ``lookup`` tables are indexed.
+    ``hf`` is the Hugging Face name (``None`` where each segment of dimension 0 has its own), ``dist`` the key in
+    ``torch_dist`` checkpoints (``None`` where it is ``name``). ``per_expert`` tensors exist once an expert. ``role``
+    tells cost models what the tensor does: ``matmul`` weights are multiplied with every token, ``vector``
+    parameters are element-wise, ``lookup`` tables are indexed.
     """
 
     name: str
@@ -54,6 +56,8 @@ class TensorLayout:
     per_expert: bool = False
     role: str = "vector"
     fp32: bool = False
+    dist: str | None = None
+    split: bool = False
 
     def shape(self, sizes: Mapping[str, Number]) -> tuple[Number, ...]:
         """Extent of each dimension under ``sizes``; integers in, integers out; tensors stay differentiable."""
@@ -128,19 +132,21 @@ _KEYS = ("num_query_groups", "kv_channels")
 _NORM_ALIASES = ("norm.weight", "input_layernorm.weight", "pre_mlp_layernorm.weight")
 
 
-def _norm(name: str, *fused: str) -> TensorLayout:
-    return TensorLayout(name, (_HIDDEN,), "norm.weight", aliases=(*_NORM_ALIASES, *fused))
+def _norm(name: str, fused: str | None = None) -> TensorLayout:
+    aliases = _NORM_ALIASES if fused is None else (*_NORM_ALIASES, fused)
+    return TensorLayout(name, (_HIDDEN,), "norm.weight", aliases=aliases, dist=fused)
 
 
 def _mlp(prefix: str, hf: str, width: str, per_expert: bool = False, aliases: Sequence[str] = ()) -> tuple:
     """The pair of projections of a non-gated MLP; its channels are independent between them."""
     wide = _dim(Segment("channels", (width,)))
     up, down = aliases or (None, None)
+    stacked = "mlp.experts.experts.linear_fc{}.weight".format if per_expert else lambda _: None
     return (
         TensorLayout(f"{prefix}linear_fc1.weight", (wide, _HIDDEN), f"{hf}up_proj.weight",
-                     (up,) if up else (), per_expert=per_expert, role="matmul"),
+                     (up,) if up else (), per_expert=per_expert, role="matmul", dist=stacked(1)),
         TensorLayout(f"{prefix}linear_fc2.weight", (_HIDDEN, wide), f"{hf}down_proj.weight",
-                     (down,) if down else (), per_expert=per_expert, role="matmul"),
+                     (down,) if down else (), per_expert=per_expert, role="matmul", dist=stacked(2)),
     )  # fmt: skip
 
 
@@ -148,12 +154,12 @@ BLOCKS: Mapping[str, tuple[TensorLayout, ...]] = {
     "M": (
         _norm("norm.weight", "mixer.in_proj.layer_norm_weight"),
         TensorLayout("mixer.in_proj.weight", (_dim(_Z, _X, _B, _C, _DT), _HIDDEN), "mixer.in_proj.weight",
-                     role="matmul"),
+                     role="matmul", split=True),
         TensorLayout("mixer.conv1d_weight",
                      (_dim(_X, _B, _C), _dim(Segment("one", (1,))), _dim(Segment("taps", ("conv_kernel",)))),
-                     "mixer.conv1d.weight", aliases=("mixer.conv1d.weight",)),
+                     "mixer.conv1d.weight", aliases=("mixer.conv1d.weight",), dist="mixer.conv1d.weight", split=True),
         TensorLayout("mixer.conv1d_bias", (_dim(_X, _B, _C),), "mixer.conv1d.bias",
-                     aliases=("mixer.conv1d.bias",)),
+                     aliases=("mixer.conv1d.bias",), dist="mixer.conv1d.bias", split=True),
         TensorLayout("mixer.A_log", (_HEADS,), "mixer.A_log", fp32=True),
         TensorLayout("mixer.D", (_HEADS,), "mixer.D", fp32=True),
         TensorLayout("mixer.dt_bias", (_HEADS,), "mixer.dt_bias"),

@@ -153,19 +153,32 @@ class ElasticSpace:
         position = self.parent.layers_of(symbol).index(layer)
         return {a: spec.at(a, position) for a in spec if a == "hidden_size" or axis(a).symbol == symbol}
 
+    def differing(self, spec: SubmodelSpec) -> tuple[str, ...]:
+        """Axes whose width differs between layers that the submodel keeps."""
+        layers = self.kept_layers(spec)
+        widths: dict[str, set[int]] = {}
+        for layer in layers:
+            for a, width in self.layer_sizes(spec, layer).items():
+                widths.setdefault(a, set()).add(width)
+        return tuple(a for a in self.axes if len(widths.get(a, ())) > 1)
+
     def shape_of(self, spec: SubmodelSpec) -> ParentShape:
         """The submodel as a model of its own. Raises ``UserError`` where its layers differ in width."""
-        if spec.heterogeneous:
+        if differing := self.differing(spec):
             raise UserError(
-                f"{', '.join(spec.heterogeneous)} differs between layers, but a nemotron_h model has one width "
+                f"{', '.join(differing)} differs between layers, but a nemotron_h model has one width "
                 "for all; choose a submodel with equal widths (train without space.per_layer)"
             )
-        sizes: dict[str, Any] = {}
-        for a in spec:
-            width = spec[a]
-            sizes[a] = width[0] if isinstance(width, tuple) else width
-        sizes.pop("num_layers", None)
-        pattern = "".join(self.parent.hybrid_layer_pattern[i] for i in self.kept_layers(spec))
+        return self.widest_shape(spec)
+
+    def widest_shape(self, spec: SubmodelSpec) -> ParentShape:
+        """The submodel's layers, every axis at its largest width among them."""
+        layers = self.kept_layers(spec)
+        sizes: dict[str, int] = {}
+        for layer in layers:
+            for a, width in self.layer_sizes(spec, layer).items():
+                sizes[a] = max(width, sizes.get(a, 0))
+        pattern = "".join(self.parent.hybrid_layer_pattern[i] for i in layers)
         return self.parent.override(hybrid_layer_pattern=pattern, **sizes)
 
     def with_layer_order(self, order: Sequence[int]) -> ElasticSpace:

@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "importance": LEAVES | {"space", "cost", "ops", "blocks"},
     "router": LEAVES | {"space", "cost", "ops"},
     "checkpoint": LEAVES | {"space", "cost", "ops", "runtime", "blocks", "importance", "recipe"},
+    "conversion": LEAVES | {"space", "cost", "checkpoint"},
     "training": LEAVES
     | {"space", "cost", "ops", "runtime", "recipe", "data", "blocks", "importance", "router", "checkpoint"},
     "integrations": LEAVES

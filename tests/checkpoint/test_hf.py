@@ -10,15 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_files import hub_tensors, megatron_tensors, slice_hf, write_hf
 from hf_models import manifest, parent, random_state, same, shapes, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_megatron.checkpoint.hf import from_hf, read_hf, slice_hf, to_hf, write_hf
+from elastic_megatron.checkpoint.hf_read import read_config, read_hf
 from elastic_megatron.checkpoint.manifest import Manifest
 from elastic_megatron.checkpoint.nested import nested_manifest
-from elastic_megatron.checkpoint.slice import expected, locate, permute_state, slice_state
+from elastic_megatron.checkpoint.slice import locate, permute_state, slice_state
+from elastic_megatron.checkpoint.stored import Memory, in_memory, model_tensors
+from elastic_megatron.conversion import Request, to_hf
 from elastic_megatron.data.tokenizer import byte_tokenizer
+from elastic_megatron.errors import UserError
 from elastic_megatron.space import ElasticSpace, ParentShape, SubmodelSpec, stored_order
 
 
@@ -26,8 +30,8 @@ from elastic_megatron.space import ElasticSpace, ParentShape, SubmodelSpec, stor
 @given(shapes())
 def test_names_there_and_back_are_the_identity(shape: ParentShape) -> None:
     state = random_state(shape)
-    hub = dict(pair for name, tensor in state.items() for pair in to_hf(shape, name, tensor))
-    assert same(dict(from_hf(shape, hub.__getitem__)), state)
+    hub = dict(pair for name, tensor in state.items() for pair in hub_tensors(shape, name, tensor))
+    assert same(dict(megatron_tensors(shape, hub.__getitem__)), state)
 
 
 @settings(max_examples=15, deadline=None)
@@ -37,18 +41,16 @@ def test_write_then_read_is_the_identity(shape: ParentShape, shard: int, dtype: 
     with tempfile.TemporaryDirectory() as folder:
         write_hf(Path(folder, "m"), Manifest(shape=shape), state.items(), max_shard_bytes=shard)
         opened = read_hf(Path(folder, "m"))
-        assert same(dict(opened.tensors()), state)
+        assert same(dict(opened.state()), state)
         again = opened.manifest.shape
-    assert [(n, x.shape(again.to_dict())) for n, x in expected(again)] == [
-        (n, x.shape(shape.to_dict())) for n, x in expected(shape)
-    ]
+    assert [(t.name, t.shape) for t in model_tensors(again)] == [(t.name, t.shape) for t in model_tensors(shape)]
 
 
 def test_qkv_is_one_block_of_queries_key_and_value_for_each_group() -> None:
     shape = parent(hybrid_layer_pattern="*")
     fused = random_state(shape)["decoder.layers.0.self_attention.linear_qkv.weight"]
     blocks = fused.view(2, 4 + 2, 4, 16)  # groups, (4 queries, key, value), channels, hidden
-    q, k, v = (t for _, t in to_hf(shape, "decoder.layers.0.self_attention.linear_qkv.weight", fused))
+    q, k, v = (t for _, t in hub_tensors(shape, "decoder.layers.0.self_attention.linear_qkv.weight", fused))
     assert torch.equal(q, blocks[:, :4].reshape(32, 16))
     assert torch.equal(k, blocks[:, 4].reshape(8, 16))
     assert torch.equal(v, blocks[:, 5].reshape(8, 16))
@@ -56,7 +58,7 @@ def test_qkv_is_one_block_of_queries_key_and_value_for_each_group() -> None:
 
 def test_names_are_those_of_the_hub() -> None:
     shape = parent(hybrid_layer_pattern="M*E-")
-    hub = {n for name, t in random_state(shape).items() for n, _ in to_hf(shape, name, t)}
+    hub = {n for name, t in random_state(shape).items() for n, _ in hub_tensors(shape, name, t)}
     mixers = {
         0: "in_proj.weight conv1d.weight conv1d.bias A_log D dt_bias norm.weight out_proj.weight",
         1: "q_proj.weight k_proj.weight v_proj.weight o_proj.weight",
@@ -77,7 +79,7 @@ def test_names_of_transformer_engine_modules_are_understood() -> None:
         spelling = layout.aliases[-1].format(e=expert) if layout.aliases else layout.name.format(e=expert)
         te[spelling if layer is None else f"decoder.layers.{layer}.{spelling}"] = tensor
     assert te.keys() != state.keys()
-    hub = [dict(pair for n, t in s.items() for pair in to_hf(shape, n, t)) for s in (state, te)]
+    hub = [dict(pair for n, t in s.items() for pair in hub_tensors(shape, n, t)) for s in (state, te)]
     assert same(*hub)
 
 
@@ -104,7 +106,6 @@ def test_asked_dtype_leaves_the_sensitive_vectors_and_the_router_in_fp32(tmp_pat
 def test_config_is_the_parents_with_only_the_sliced_fields_changed(tmp_path: Path) -> None:
     base = {"model_type": "nemotron_h", "time_step_limit": [0.0, float("inf")], "rope_theta": 7, "expand": 2,
             "torch_dtype": "bfloat16", "time_step_min": 0.001, **parent().to_hf()}  # fmt: skip
-    base["layers_block_type"] = ["mamba", "moe", "mamba", "attention", "moe", "mlp", "mamba"]
     source = replace(manifest(), hf_config=base | {"auto_map": {"AutoConfig": "configuration_x.X"}})
     write_hf(tmp_path / "m", source, random_state(parent()).items(), submodel="middle", dtype=torch.bfloat16)
     config = json.loads((tmp_path / "m/config.json").read_text())
@@ -113,9 +114,12 @@ def test_config_is_the_parents_with_only_the_sliced_fields_changed(tmp_path: Pat
         "hidden_size": 12, "n_routed_experts": 6, "moe_intermediate_size": 8, "mamba_num_heads": 6,
         "mamba_head_dim": 3, "num_attention_heads": 6, "num_hidden_layers": 6,
         "hybrid_override_pattern": "MEM*EM", "time_step_min": 1e-30,
-        "layers_block_type": ["mamba", "moe", "mamba", "attention", "moe", "mamba"],
+        "layers_block_type": [
+            "linear_attention", "moe", "linear_attention", "full_attention", "moe", "linear_attention",
+        ],
     }  # fmt: skip
-    assert base.keys() - config.keys() == set()  # auto_map went, its files did not come along
+    # 6 heads of 3 channels are no whole multiple of 12; auto_map went, as its files did not come along
+    assert base.keys() - config.keys() == {"expand"}
 
 
 def test_remote_code_comes_along_and_meets_no_property_without_setter(tmp_path: Path) -> None:
@@ -124,9 +128,7 @@ def test_remote_code_comes_along_and_meets_no_property_without_setter(tmp_path: 
     byte_tokenizer().save_pretrained(tmp_path / "t")
     (tmp_path / "t/configuration_x.py").touch()
     source = replace(manifest(), hf_config=base)
-    write_hf(
-        tmp_path / "m", source, random_state(parent()).items(), tokenizer_dir=tmp_path / "t", elastic=True
-    )
+    write_hf(tmp_path / "m", source, random_state(parent()).items(), side_files=tmp_path / "t", elastic=True)
     slice_hf(tmp_path / "m", tmp_path / "s", "small")
     for folder in (tmp_path / "m", tmp_path / "s"):
         config = json.loads((folder / "config.json").read_text())
@@ -201,33 +203,36 @@ def test_plain_order_is_the_ranking_again() -> None:
     assert whole["backbone.layers.5.mixer.up_proj.weight"][:, 0].tolist() == list(range(12))
     assert same(
         {n: t for n, t in whole.items() if "layers.3." in n},
-        {n: t for name, x in ranked.items() if "layers.3." in name for n, t in to_hf(shape, name, x)},
+        {n: t for name, x in ranked.items() if "layers.3." in name for n, t in hub_tensors(shape, name, x)},
     )
 
 
 def test_several_submodels_get_a_directory_each(tmp_path: Path) -> None:
     write_hf(tmp_path / "p", manifest(), random_state(parent()).items(), elastic=True)
-    assert slice_hf(tmp_path / "p", tmp_path / "s", ["middle", "small"]) == [
+    assert slice_hf(tmp_path / "p", tmp_path / "s", ["middle", "small"]).written == [
         tmp_path / "s/middle",
         tmp_path / "s/small",
     ]
     assert [read_hf(tmp_path / "s" / n).manifest.shape.hidden_size for n in ("middle", "small")] == [12, 5]
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError, UserError])
 def test_an_interrupted_export_leaves_nothing(tmp_path: Path, stop: type[BaseException]) -> None:
-    target, state = tmp_path / "m", list(random_state(parent()).items())
-    seen = []
+    seen: list[Path] = []
 
-    def interrupted():
-        yield from state[:-1]
-        seen.extend(p for p in tmp_path.rglob("*"))
-        raise stop
+    class Interrupted(Memory):
+        def read(self, key: str, start: int, out: torch.Tensor) -> None:
+            if "layers.5" in key:
+                seen.extend(tmp_path.rglob("*"))
+                raise stop
+            super().read(key, start, out)
 
+    source = in_memory(manifest(), random_state(parent()))
+    source = replace(source, files=Interrupted(random_state(parent())))
     with pytest.raises(stop):
-        write_hf(target, manifest(), interrupted(), max_shard_bytes=4000)
-    assert any(p.suffix == ".part" for p in seen)
-    assert target not in seen and not any(p.name == "config.json" for p in seen)
+        to_hf(source, [Request(tmp_path / "m"), Request(tmp_path / "s", "small")], max_shard_bytes=4000)
+    assert any(p.suffix == ".safetensors" for p in seen)
+    assert not {tmp_path / "m", tmp_path / "s"} & set(seen) and not any(p.name == "config.json" for p in seen)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -237,16 +242,20 @@ def test_what_a_killed_export_left_is_swept_away(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()  # an empty destination is taken
     write_hf(tmp_path / "m", manifest(), random_state(parent()).items())
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
-    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_an_elastic_directory_without_submodel_has_the_stored_order(tmp_path: Path) -> None:
     state, source = random_state(parent()), manifest()
     write_hf(tmp_path / "m", source, state.items(), elastic=True)
     opened = read_hf(tmp_path / "m")
-    assert same(dict(opened.tensors()), state)
+    assert same(dict(opened.state()), state)
     assert (opened.manifest.space, opened.manifest.submodels) == (source.space, source.submodels)
-    assert opened.manifest.hf_config == opened.config
+    assert opened.manifest.hf_config == read_config(tmp_path / "m")
     assert all(
         a <= b for a, b in itertools.pairwise([opened.manifest.submodels[n] for n in ("small", "middle")])
     )
@@ -257,4 +266,4 @@ def test_an_elastic_space_of_one_model_changes_nothing(tmp_path: Path) -> None:
     alone = Manifest(shape=shape, space=ElasticSpace(shape, ()), submodels={"all": SubmodelSpec()})
     state = random_state(shape)
     write_hf(tmp_path / "m", alone, state.items(), submodel="all")
-    assert same(dict(read_hf(tmp_path / "m").tensors()), state)
+    assert same(dict(read_hf(tmp_path / "m").state()), state)

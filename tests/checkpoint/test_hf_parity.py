@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from hf_files import slice_hf, write_hf
 from hf_models import same, stored
 
 from elastic_megatron import runtime
 from elastic_megatron.blocks import build_elastic_model, build_model, running
-from elastic_megatron.checkpoint.hf import read_hf, slice_hf, write_hf
+from elastic_megatron.checkpoint.hf_read import read_config, read_hf
 from elastic_megatron.checkpoint.manifest import Manifest
 from elastic_megatron.checkpoint.slice import weights
 from elastic_megatron.data.tokenizer import byte_tokenizer, load_tokenizer
@@ -92,7 +93,7 @@ def family(masked: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         weights(masked.state_dict()).items(),
         elastic=True,
         dtype=torch.float32,
-        tokenizer_dir=root / "tokenizer",
+        side_files=root / "tokenizer",
     )
     slice_hf(root / "elastic", root / "slices", list(SUBMODELS))
     return root
@@ -161,15 +162,15 @@ def test_a_directory_saved_by_transformers_is_imported_and_written_again(tmp_pat
     opened = read_hf(tmp_path / "hub")
     assert opened.manifest.shape == PARENT
     model = build_model(PARENT, dtype=torch.float64)
-    assert not model.load_state_dict(dict(opened.tensors()), strict=False).unexpected_keys
+    assert not model.load_state_dict(dict(opened.state()), strict=False).unexpected_keys
     tokens = torch.randint(0, 264, (2, 21))
     with torch.no_grad():
         assert _distance(original(tokens, use_cache=False).logits, _megatron(model, tokens)) < TOLERANCE
     write_hf(tmp_path / "again", opened.manifest, weights(model.state_dict()).items(), dtype=torch.float32)
     assert same(stored(tmp_path / "again"), stored(tmp_path / "hub"))
-    again = read_hf(tmp_path / "again").config
-    assert {k: v for k, v in again.items() if k in opened.config} == dict(opened.config)
-    assert set(again) - set(opened.config) == {"hybrid_override_pattern", "num_hidden_layers"}
+    before, again = (read_config(tmp_path / name) for name in ("hub", "again"))
+    assert {k: v for k, v in again.items() if k in before} == before
+    assert set(again) - set(before) == {"hybrid_override_pattern", "num_hidden_layers"}
 
 
 def test_a_model_of_that_config_can_be_initialised_at_random(family: Path) -> None:

@@ -56,7 +56,7 @@ REQUESTS: dict[str, tuple[Callable[[Story, Path], list[Any]], str]] = {
     "nothing to export": (lambda s, t: ["export", t / "no", t / "hf"], r"/no does not exist"),
     "nothing to slice": (
         lambda s, t: ["slice", t / "no", t / "hf", "--submodel", "small"],
-        r"/no is no directory; give a Hugging Face model directory",
+        r"/no does not exist",
     ),
     "nothing to import": (lambda s, t: ["import", t / "no", t / "ckpt"], r"/no does not exist"),
     "unknown submodel of a checkpoint, eval": (
@@ -85,11 +85,11 @@ REQUESTS: dict[str, tuple[Callable[[Story, Path], list[Any]], str]] = {
     ),
     "slice of a slice": (
         lambda s, t: ["slice", s.slice("medium"), t / "hf", "--submodel", "small"],
-        r"has no elastic_config\.json and so no submodels",
+        r"is not elastic and has no submodels \(it has no elastic_config\.json",
     ),
     "elastic export of a plain model": (
         lambda s, t: ["export", s.root / "runs/parent", t / "hf", "--elastic"],
-        r"is not elastic; export it without --elastic",
+        r"parent/checkpoints/iter_\d+ is not elastic and has no submodels",
     ),
     "family in plain order": (
         lambda s, t: ["export", s.elastic, t / "hf", "--elastic", "--plain-order"],
@@ -123,7 +123,15 @@ REQUESTS: dict[str, tuple[Callable[[Story, Path], list[Any]], str]] = {
         lambda s, t: ["train", s.recipe("parent"), f"run_dir={s.text}"],
         r"valid\.txt: (Not a directory|File exists)",
     ),
-    "export below a file": (lambda s, t: ["export", s.elastic, s.text / "hf"], r"valid\.txt.*: Not a directory"),
+    "export below a file": (lambda s, t: ["export", s.elastic, s.text / "hf"], r"valid\.txt cannot be written \(Not a directory\)"),
+    "shards of no size": (
+        lambda s, t: ["slice", s.elastic, t / "hf", "--submodel", "small", "--max-shard-size", "5 bananas"],
+        r"argument --max-shard-size: '5 bananas' is no size; write 5GB, 500MB or 2GiB; see",
+    ),
+    "config of no model": (
+        lambda s, t: ["export", s.elastic, t / "hf", "--config", t],
+        r"has no config\.json; give a Hugging Face model directory",
+    ),
     "no text": (lambda s, t: ["eval", s.elastic, "--text", t / "no.txt"], r"no\.txt cannot be read \(No such file"),
     "text is a folder": (lambda s, t: ["eval", s.elastic, "--text", t], r"cannot be read \(Is a directory\)"),
     "windows of one token": (

@@ -131,7 +131,7 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: (d / "config.json").unlink(),
         r"is neither a Megatron|config\.json is missing; is it a Hugging Face model directory",
     ),
-    "half the weights": (_cut, r"model\.safetensors is truncated or no safetensors file"),
+    "half the weights": (_cut, r"model\.safetensors is truncated"),
     "missing shard": (_index, r"shard model-00002-of-00002\.safetensors is missing \(1 of 2\)"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), r"has neither model\.safetensors"),
     "wrong shape": (

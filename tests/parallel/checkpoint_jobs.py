@@ -33,6 +33,15 @@ def copy(source: str, root: str, iteration: int, layout: dict[str, Any], **kwarg
     return state
 
 
+def copy_weights(source: str, root: str, layout: dict[str, Any]) -> None:
+    """Load a checkpoint that has nothing but weights into another student under some layout, and save its weights."""
+    student = saved_models.student(seed=9, steps=0, **layout)
+    router, student.chunks[0].budget_router = student.chunks[0].budget_router, None
+    distributed.load(Path(source), student.chunks)
+    student.chunks[0].budget_router = router
+    distributed.save(Path(root), 0, student.chunks, student.manifest)
+
+
 def _save(root: Path, iteration: int, student: Student, state: dict[str, Any]) -> None:
     distributed.save(
         root, iteration, student.chunks, student.manifest, optimizer=student.optimizer, state=state

@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from elastic_megatron.checkpoint.manifest import Manifest
-from elastic_megatron.checkpoint.slice import expected
-from elastic_megatron.cost.sizes import parent_fields
+from elastic_megatron.checkpoint.stored import model_tensors
 from elastic_megatron.importance import Ranking
 from elastic_megatron.space import ElasticSpace, ParentShape
 
@@ -70,9 +69,9 @@ def space_of(parent: ParentShape) -> ElasticSpace:
 
 def random_state(parent: ParentShape, seed: int) -> dict[str, Tensor]:
     """Loud weights in fp32, no norm of ones and no bias of zeros."""
-    generator, sizes, state = torch.Generator().manual_seed(seed), parent_fields(parent), {}
-    for name, layout in expected(parent):
-        noise = torch.randn(layout.shape(sizes), generator=generator)
+    generator, state = torch.Generator().manual_seed(seed), {}
+    for tensor in model_tensors(parent):
+        name, noise = tensor.name, torch.randn(tensor.shape, generator=generator)
         if noise.dim() == 2:
             state[name] = noise * 2 / noise.shape[1] ** 0.5
         elif name.endswith("A_log"):

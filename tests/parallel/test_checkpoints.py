@@ -23,6 +23,8 @@ from pool import RankPool
 from saved_models import whole
 
 from elastic_megatron.checkpoint import integrity, tracker
+from elastic_megatron.checkpoint.source import open_stored
+from elastic_megatron.conversion import Request, to_hf, to_megatron
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -78,6 +80,37 @@ def test_a_checkpoint_survives_any_layout_bit_by_bit(
         )
         for name, tensor in expected.items():
             assert torch.equal(found[name], tensor), (iteration, name)
+
+
+@pytest.mark.parametrize("layout", filter(placed_anew, LAYOUTS), ids=lambda layout: layout.name)
+def test_any_layout_converts_to_the_same_directory_and_loads_from_it(
+    layout: Layout, saved: Path, exported: Path, ranks: RankPool, tmp_path: Path
+) -> None:
+    """Exported from the layout's checkpoint, files are those exported from one process', byte by byte; and imported
+    from there, the layout loads the weights of that process."""
+    source, checkpoint = str(saved / "iter_0000001"), tmp_path / "layout"
+    ranks.run(checkpoint_jobs.copy, layout.world, source, str(checkpoint), 11, sizes(layout))
+    to_hf(open_stored(checkpoint / "iter_0000011"), [Request(tmp_path / "hf", elastic=True)], verify=True)
+    assert content(tmp_path / "hf") == content(exported / "hf")
+    imported = str(exported / "checkpoint/iter_0000000")
+    ranks.run(checkpoint_jobs.copy_weights, layout.world, imported, str(tmp_path / "back"), sizes(layout))
+    found, expected = whole(tmp_path / "back/iter_0000000"), whole(saved / "iter_0000001")
+    names = [name for name in expected if name in found and not name.startswith("budget_router.")]
+    assert len(names) > 40 and {*found} - {*names} == {n for n in expected if n.startswith("budget_router.")}
+    assert all(torch.equal(found[name], expected[name]) for name in names)
+
+
+@pytest.fixture(scope="module")
+def exported(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Out of one process' checkpoint: a directory, and that imported."""
+    root = tmp_path_factory.mktemp("exported")
+    to_hf(open_stored(saved / "iter_0000001"), [Request(root / "hf", elastic=True)])
+    to_megatron(open_stored(root / "hf"), root / "checkpoint", verify=True)
+    return root
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
 DRAW = 4  # samples that share a draw: right for all layouts

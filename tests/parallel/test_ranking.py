@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import ranking_jobs as jobs
 import torch
+from hf_files import write_hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import LAYOUTS, Layout
 from pool import RankError
 from torch import Tensor
 
-from elastic_megatron.checkpoint.hf import read_hf, write_hf
+from elastic_megatron.checkpoint.hf_read import read_hf
 from elastic_megatron.checkpoint.manifest import Manifest
 from elastic_megatron.checkpoint.slice import permute_state
 from elastic_megatron.checkpoint.sort import sort_orders
@@ -139,7 +140,7 @@ def test_a_model_filled_and_sorted_where_it_is_sharded_is_the_whole_one_bit_for_
     """The pipeline's last stage has its own copy of a tied embedding."""
     layout = claimed(record, layouts, "sort")
     parent = DENSE if not layout.moe else TIED if layout.name == "PP2" else jobs.PARENT
-    space, ranking, state = jobs.space_of(parent), random_ranking(parent), dict(read_hf(hf[parent]).tensors())
+    space, ranking, state = jobs.space_of(parent), random_ranking(parent), dict(read_hf(hf[parent]).state())
     found = ranks.run(
         jobs.filled_and_sorted, layout.world, layout.parallel, hf[parent], space, ranking, tmp_path, ids
     )
@@ -212,7 +213,7 @@ def test_the_command_ranks_on_many_ranks_as_on_one_and_speaks_once(ranks, recipe
     for key, score in alone.scores.items():  # in fp32 two components may be too close to call
         torch.testing.assert_close(found.scores[key], score, rtol=1e-4, atol=1e-7, msg=key)
     ((moved,),) = ranks.run(jobs.loaded, 1, tmp_path / "four" / "checkpoints" / "iter_0000000")
-    space, state = jobs.space_of(jobs.PARENT), read_hf(hf[jobs.PARENT]).tensors()
+    space, state = jobs.space_of(jobs.PARENT), read_hf(hf[jobs.PARENT]).state()
     assert_equal(moved, dict(permute_state(jobs.PARENT, sort_orders(space, found), state)))
 
 

@@ -12,9 +12,9 @@ from laws import HETEROGENEOUS, SHAPE, spec_of, subspace
 from torch.overrides import TorchFunctionMode
 
 from elastic_megatron.blocks import build_model, build_sliced_model, transformer_config
-from elastic_megatron.checkpoint.slice import expected, weights
+from elastic_megatron.checkpoint.slice import weights
+from elastic_megatron.checkpoint.stored import model_tensors
 from elastic_megatron.cost import account
-from elastic_megatron.cost.sizes import parent_fields
 from elastic_megatron.space import ElasticSpace, ParentShape
 
 NANO_3_30B = ParentShape(
@@ -81,7 +81,7 @@ def test_counts_of_the_30b_are_those_of_the_real_module() -> None:
     assert all(p.is_meta for p in model.parameters())
     assert numel(model) == account(NANO_3_30B).total_params == 31_577_940_288
     found = {name: tuple(t.shape) for name, t in weights(model.state_dict()).items()}
-    assert found == {name: layout.shape(parent_fields(NANO_3_30B)) for name, layout in expected(NANO_3_30B)}
+    assert found == {t.name: t.shape for t in model_tensors(NANO_3_30B)}
 
 
 SIZES = st.fixed_dictionaries(
@@ -116,7 +116,7 @@ def test_counts_are_those_of_the_real_module(sizes: dict[str, Any], heads: int, 
     model = build_model(shape)
     assert numel(model) == account(shape).total_params
     found = {name: tuple(t.shape) for name, t in weights(model.state_dict()).items()}
-    assert found == {name: layout.shape(parent_fields(shape)) for name, layout in expected(shape)}
+    assert found == {t.name: t.shape for t in model_tensors(shape)}
 
 
 @pytest.mark.usefixtures("megatron")

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from elastic_megatron.checkpoint.manifest import Manifest
 from elastic_megatron.checkpoint.nested import nested_manifest
-from elastic_megatron.checkpoint.slice import expected, locate, permute_state, slice_state
+from elastic_megatron.checkpoint.slice import locate, permute_state, slice_state
+from elastic_megatron.checkpoint.stored import model_tensors
 from elastic_megatron.cost import account
-from elastic_megatron.cost.sizes import parent_fields
 from elastic_megatron.errors import UserError
 from elastic_megatron.space import ElasticSpace, ParentShape, SubmodelSpec
 
@@ -27,10 +27,9 @@ SPACE = subspace()
 def numbered(parent: ParentShape) -> State:
     """A state whose every element is unique, so that equal means: the same elements."""
     state, start = {}, 0
-    for name, layout in expected(parent):
-        shape = layout.shape(parent_fields(parent))
-        count = torch.Size(shape).numel()
-        state[name] = torch.arange(start, start + count).view(shape)
+    for tensor in model_tensors(parent):
+        count = torch.Size(tensor.shape).numel()
+        state[tensor.name] = torch.arange(start, start + count).view(tensor.shape)
         start += count
     return state
 
@@ -79,9 +78,7 @@ def test_a_slice_has_the_shapes_of_its_model(seed: int) -> None:
     spec = draw_spec(random.Random(seed), SPACE, even=True)
     shape = SPACE.shape_of(spec)
     cut = dict(slice_state(SPACE, spec, STATE.items()))
-    assert {n: tuple(t.shape) for n, t in cut.items()} == {
-        n: layout.shape(parent_fields(shape)) for n, layout in expected(shape)
-    }
+    assert {n: tuple(t.shape) for n, t in cut.items()} == {t.name: t.shape for t in model_tensors(shape)}
     assert sum(t.numel() for t in cut.values()) == account(SPACE, spec).total_params
 
 

@@ -10,8 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from elastic_megatron.checkpoint.manifest import Manifest
-from elastic_megatron.checkpoint.slice import expected
-from elastic_megatron.cost.sizes import parent_fields
+from elastic_megatron.checkpoint.stored import model_tensors
 from elastic_megatron.space import ElasticSpace, ParentShape, SubmodelSpec
 
 FAMILY = {
@@ -46,10 +45,10 @@ def manifest(shape: ParentShape | None = None, lanes: int = 2) -> Manifest:
 
 
 def random_state(shape: ParentShape, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    generator, sizes = torch.Generator().manual_seed(seed), parent_fields(shape)
+    generator = torch.Generator().manual_seed(seed)
     return {
-        name: torch.randn(layout.shape(sizes), generator=generator).to(dtype)
-        for name, layout in expected(shape)
+        tensor.name: torch.randn(tensor.shape, generator=generator).to(dtype)
+        for tensor in model_tensors(shape)
     }
 
 

@@ -1,0 +1,285 @@
+"""Checkpoints of Megatron-LM and Megatron-Bridge: which folder is meant, and what it says of the model in it.
+
+Both write ``torch_dist`` folders that have no ``elastic.json``. Megatron-LM keeps its parsed arguments in the common
+state (an object among the shards, ``common.pt`` in older releases), Megatron-Bridge writes ``run_config.yaml``.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import UserError
+from ..space import ParentShape
+from .common_state import GIVE_CONFIG, DistMetadata, UnreadableError
+from .manifest import FILE, Manifest
+from .tracker import TRACKER, folder
+
+BACKEND = "metadata.json"
+RUN_CONFIG = "run_config.yaml"
+# the sizes of each kind of layer: for a model without such layers a config's values say nothing
+_SIZES = {
+    "M": ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups", "mamba_chunk_size"),
+    "*": ("num_attention_heads", "num_query_groups", "kv_channels"),
+    "E": (
+        "num_moe_experts", "moe_router_topk", "moe_router_topk_scaling_factor", "moe_ffn_hidden_size",
+        "moe_shared_expert_intermediate_size",
+    ),
+    "-": ("ffn_hidden_size",),
+}  # fmt: skip
+# what a nemotron_h model computes, by Megatron's options: the values under which a Megatron model computes the same
+_NUMERICS: Mapping[str, tuple[Any, ...]] = {
+    "normalization": ("RMSNorm",),
+    "activation_func": ("squared_relu",),
+    "position_embedding_type": ("none",),
+    "gated_linear_unit": (False,),
+    "add_bias_linear": (False,),
+    "add_qkv_bias": (False, None),
+    "layernorm_zero_centered_gamma": (False, None),
+    "apply_residual_connection_post_layernorm": (False, None),
+    "activation_func_clamp_value": (None,),
+    "qk_layernorm": (False, None),
+    "qk_l2_norm": (False, None),
+    "softmax_type": ("vanilla", None),
+    "softmax_scale": (None,),
+    "window_size": (None,),
+    "attention_output_gate": (False, None),
+    "multi_latent_attention": (False, None),
+    "experimental_attention_variant": (None,),
+    "heterogeneous_block_specs": (False, None),
+    "use_mup": (False, None),
+    "mtp_num_layers": (None, 0),
+}
+_NUMERICS_MOE: Mapping[str, tuple[Any, ...]] = {
+    "moe_router_score_function": ("sigmoid",),
+    "moe_router_enable_expert_bias": (True,),
+    "moe_router_num_groups": (None, 1),
+    "moe_router_topk_limited_devices": (None,),
+    "moe_latent_size": (None, 0),
+    "moe_shared_expert_gate": (False, None),
+    "moe_apply_probs_on_input": (False, None),
+    "moe_expert_capacity_factor": (None,),
+}
+# lengths and tilings of a run, which no weight and no number depends on
+_OF_THE_RUN = ("max_position_embeddings", "mamba_chunk_size")
+
+
+def foreign_folder(path: Path) -> Path | None:
+    """The ``iter_*`` or ``release`` folder meant by a path: itself, or the one that the tracker of a root names.
+
+    ``None`` where there is none, or it is one of ours. Raises ``UserError`` where the tracker is damaged or names a
+    folder that cannot be read.
+    """
+    if (path / BACKEND).exists():
+        return None if (path / FILE).exists() else path
+    for root in (path, path / "checkpoints"):
+        if (root / TRACKER).exists():
+            found = _named(root)
+            return None if (found / FILE).exists() else found
+    return None
+
+
+def foreign_manifest(folder: Path, config: Path | None) -> Manifest:
+    """What a folder of another program says of its model, or a Hugging Face config says instead.
+
+    Args:
+        config: the Hugging Face directory that the model came from, or its ``config.json``.
+
+    Raises ``UserError`` where neither tells the sizes, the two contradict each other, or the model computes something
+    that models of the Nemotron-H family do not.
+    """
+    if config is None:
+        said = _read(folder)
+        if said is None:
+            raise UserError(f"{folder} says nothing about the model's sizes; {GIVE_CONFIG}")
+        return Manifest(shape=said.shape())
+    hf_config = _hf_config(config)
+    shape = ParentShape.from_hf(hf_config)
+    try:
+        said = _read(folder)
+    except UnreadableError:
+        said = None  # the config says everything
+    if said is not None:
+        said.check(shape, config)
+    return Manifest(shape=shape, hf_config=hf_config)
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What a checkpoint says of its model.
+
+    Args:
+        where: names it in messages.
+        fields: under the names of Megatron's configs; functions by their name.
+        metadata: what ``.metadata`` says.
+    """
+
+    where: str
+    fields: Mapping[str, Any]
+    metadata: DistMetadata
+
+    @cached_property
+    def pattern(self) -> str:
+        pattern = self.fields.get("hybrid_layer_pattern") or self.fields.get("hybrid_override_pattern")
+        if not pattern:
+            raise UserError(
+                f"{self.where}: hybrid_layer_pattern is not set, so this is no hybrid model; only models of the "
+                "Nemotron-H family can be exported"
+            )
+        return pattern.replace("|", "")  # bars cut it into pipeline stages
+
+    def shape(self) -> ParentShape:
+        self._refuse(complete=True)
+        try:
+            return ParentShape(vocab_size=self._vocab_size(), **self._sizes())
+        except (TypeError, ValueError, UserError) as e:
+            raise UserError(f"{self.where}: {e}; correct it, or {GIVE_CONFIG}") from None
+
+    def check(self, shape: ParentShape, config: Path) -> None:
+        """Raises ``UserError`` where a config contradicts it."""
+        self._refuse(complete=False)
+        for name, value in self._sizes().items():
+            if name not in _OF_THE_RUN and value != getattr(shape, name):
+                raise UserError(
+                    f"{self.where}: {name} is {value!r}, but {config} says {getattr(shape, name)!r}; give the "
+                    "config that this model came from"
+                )
+
+    def _refuse(self, *, complete: bool) -> None:
+        numerics = {**_NUMERICS, **(_NUMERICS_MOE if "E" in self.pattern else {})}
+        for name, legal in numerics.items():
+            if name not in self.fields:
+                if complete and None not in legal:
+                    raise UserError(f"{self.where} says nothing about {name}; {GIVE_CONFIG}")
+            elif self.fields[name] not in legal:
+                raise UserError(
+                    f"{self.where}: {name} is {self.fields[name]!r}, but models of the Nemotron-H family have "
+                    f"{legal[0]!r}; such a model cannot be exported"
+                )
+
+    def _sizes(self) -> dict[str, Any]:
+        """Fields of ``ParentShape``, those that are stated."""
+        fields = self.fields
+        names = [n for symbol, sizes in _SIZES.items() if symbol in self.pattern for n in sizes]
+        stated: dict[str, Any] = {n: fields.get(n) for n in ("hidden_size", "layernorm_epsilon", *names)}
+        stated["max_position_embeddings"] = fields.get("max_position_embeddings", fields.get("seq_length"))
+        # where Megatron has None for a number
+        if "E" in self.pattern and "moe_router_topk_scaling_factor" in fields:
+            stated["moe_router_topk_scaling_factor"] = fields["moe_router_topk_scaling_factor"] or 1.0
+        if "mamba_num_heads" in stated and stated["mamba_num_heads"] is None:
+            stated["mamba_num_heads"] = 2 * stated["hidden_size"] // stated["mamba_head_dim"]
+        return {
+            "hybrid_layer_pattern": self.pattern,
+            "tie_embeddings": bool(fields.get("share_embeddings_and_output_weights")),
+            **{n: v for n, v in stated.items() if v is not None},
+        }
+
+    def _vocab_size(self) -> int:
+        """Without Megatron's padding, where it is stated; the tokenizer alone knows it otherwise."""
+        rows, stated = self.metadata.rows, self.fields.get("vocab_size")
+        multiples = ("make_vocab_size_divisible_by", "tensor_model_parallel_size")
+        padding = prod(int(self.fields.get(n) or 1) for n in multiples)
+        return stated if stated and stated <= rows < stated + padding else rows
+
+
+def _read(folder: Path) -> _Description | None:
+    metadata, file = DistMetadata(folder), folder / RUN_CONFIG
+    if file.exists():
+        return _Description(str(file), _of_bridge(file), metadata)
+    common = metadata.common()
+    args = common.get("args") if isinstance(common, dict) else None
+    if not isinstance(args, Namespace):
+        return None
+    return _Description(f"{folder} (its arguments)", _of_arguments(vars(args)), metadata)
+
+
+def _of_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Megatron-LM's arguments as fields of its configs."""
+    swiglu, quick = args.get("swiglu"), args.get("quick_geglu")
+    activation = "silu" if swiglu else "quick_gelu" if quick else "gelu"
+    fields = {
+        "layernorm_epsilon": args.get("norm_epsilon"),  # as older releases call it
+        **args,
+        "layernorm_zero_centered_gamma": any(
+            args.get(n) for n in ("layernorm_zero_centered_gamma", "apply_layernorm_1p")
+        ),
+        "gated_linear_unit": bool(swiglu or quick),
+        "activation_func": "squared_relu" if args.get("squared_relu") else activation,
+        "share_embeddings_and_output_weights": not args.get("untie_embeddings_and_output_weights"),
+        "num_moe_experts": args.get("num_experts"),
+    }
+    if not args.get("group_query_attention"):
+        fields["num_query_groups"] = args.get("num_attention_heads")
+    return fields
+
+
+def _of_bridge(file: Path) -> dict[str, Any]:
+    """Fields of the model's config, which a provider has itself and a config of models keeps in ``transformer``."""
+    try:
+        model = yaml.safe_load(file.read_text())["model"]
+        fields = {**model, **(model.get("transformer") or {})}
+    except (
+        OSError,
+        UnicodeDecodeError,
+        yaml.YAMLError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as e:
+        reason = str(e).splitlines()[0] if str(e) else ""
+        raise UnreadableError(
+            f"{file} cannot be read ({type(e).__name__}: {reason}); copy it again, or {GIVE_CONFIG}"
+        ) from None
+    return {n: _function(v) for n, v in fields.items()}
+
+
+def _function(value: Any) -> Any:
+    """A function by its name, whatever package it is from."""
+    if isinstance(value, dict) and isinstance(value.get("_target_"), str):
+        return value["_target_"].rsplit(".", 1)[-1]
+    return value
+
+
+def _named(root: Path) -> Path:
+    text = (root / TRACKER).read_text(errors="replace").strip()
+    named = folder(root, int(text)) if text.isdecimal() else root / "release"
+    if not text.isdecimal() and text != "release":
+        raise UserError(
+            f"{root / TRACKER} says {text[:40]!r}; write the number of an iteration, or 'release'"
+        )
+    if not named.is_dir():
+        raise UserError(f"{root / TRACKER} says {text!r}, but {named} is not there; correct the file")
+    if not (named / BACKEND).exists():
+        raise UserError(
+            f"{named} has no {BACKEND}, so its format is not torch_dist; convert it with Megatron-LM's "
+            "--ckpt-convert-format torch_dist"
+        )
+    return named
+
+
+def _hf_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text())
+    except OSError as e:
+        raise UserError(
+            f"{file} cannot be read ({e.strerror}); give a Hugging Face model directory"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{file} is no valid JSON ({e}); copy it again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file} holds a {type(config).__name__}, not an object; copy it again")
+    if "quantization_config" in config:
+        raise UserError(
+            f"{file} is that of a quantised model; give the directory with the BF16 or FP32 weights"
+        )
+    return config

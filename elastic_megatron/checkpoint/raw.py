@@ -1,0 +1,70 @@
+"""Bytes of files, read straight into tensors.
+
+Mapped files would be shorter, but their pages count as memory of the process: a conversion of 60 GB would look, and
+under a memory limit behave, as if it held 60 GB.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+_OPEN_FILES = 64
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+class RawFiles:
+    """Reads from any number of files, a bounded number of them open; for several threads at once."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, _File] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, file: Path, offset: int, out: Tensor) -> None:
+        """Fill ``out``, contiguous and on the CPU, with the bytes from ``offset``.
+
+        Raises ``UserError`` that names the file where it cannot be read or ends before.
+        """
+        buffer = as_bytes(out)
+        try:
+            opened = self._file(file)
+            while buffer:
+                n = os.preadv(opened.descriptor, [buffer], offset)
+                if n == 0:
+                    raise UserError(f"{file} ends before byte {offset + len(buffer)}; {REMEDY}")
+                buffer, offset = buffer[n:], offset + n
+        except OSError as e:
+            raise UserError(f"{file} cannot be read ({e.strerror}); {REMEDY}") from None
+
+    def _file(self, path: Path) -> _File:
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = _File(path)
+            self._open.move_to_end(path)
+            if len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)  # closed once the last thread that reads from it lets go of it
+            return self._open[path]
+
+
+class _File:
+    def __init__(self, path: Path) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+REMEDY = "copy it again, or restore it from a backup"

@@ -1,0 +1,51 @@
+"""Room on disks, and what to say where there is none."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch.distributed.checkpoint import CheckpointException
+
+from ..errors import UserError
+
+# beside the weights: headers, config, tokenizer, and what file systems need for themselves
+_RESERVE = 64 << 20
+
+
+def check_space(wanted: Mapping[Path, int]) -> None:
+    """Raise ``UserError`` unless the disks have room for these bytes at these paths, which need not exist yet."""
+    sizes: dict[int, int] = {}
+    places: dict[int, Path] = {}
+    for path, size in wanted.items():
+        place = path.absolute()
+        while not place.exists():
+            place = place.parent
+        device = place.stat().st_dev
+        sizes[device] = sizes.get(device, _RESERVE) + size
+        places[device] = place
+    for device, size in sizes.items():
+        free = shutil.disk_usage(places[device]).free
+        if free < size:
+            raise UserError(
+                f"{places[device]} has {_gib(free)} GiB free, the conversion writes {_gib(size)} GiB; free space, or "
+                "choose a destination on another disk"
+            )
+
+
+@contextmanager
+def write_errors(folder: Path) -> Iterator[None]:
+    """Say in one line what kept files from being written to ``folder``."""
+    try:
+        yield
+    except (OSError, CheckpointException) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(
+            f"{folder} cannot be written ({reason}); free space, or choose another destination"
+        ) from e
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f}"

@@ -1,0 +1,223 @@
+"""Write Hugging Face directories from a stored model: checked before the first byte, named after the last."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import integrity
+from ..checkpoint.hf_config import code_files, hf_config, with_dtype
+from ..checkpoint.hf_names import EMBEDDING, HEAD, hf_pieces
+from ..checkpoint.hf_read import CONFIG, ELASTIC_CONFIG, side_files
+from ..checkpoint.manifest import Manifest
+from ..checkpoint.nested import nested_manifest
+from ..checkpoint.safetensors_files import SafetensorsFiles
+from ..checkpoint.stored import Entry, ModelTensor, StoredModel, stored_shapes
+from ..errors import UserError
+from .card import model_card
+from .copy import Progress, copy, in_threads, threads
+from .cut import Model, cut_model
+from .disk import check_space, write_errors
+from .report import Report
+from .safetensors_shards import SafetensorsShards, nbytes
+from .verify import Comparison
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Request:
+    """A directory to write.
+
+    Args:
+        directory: must not exist, or be empty.
+        submodel: the submodel to cut out; ``None`` for the whole model.
+        elastic: also write ``elastic_config.json`` with the submodels nested in what is written.
+        plain_order: undo the lanes, so that components lie by plain decreasing importance.
+    """
+
+    directory: Path
+    submodel: str | None = None
+    elastic: bool = False
+    plain_order: bool = False
+
+
+def to_hf(
+    source: StoredModel,
+    requests: Sequence[Request],
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    verify: bool = False,
+    trust: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Write directories, reading the source once, in memory that does not grow with the model.
+
+    Everything is written to hidden siblings that are renamed once all are complete, so an interruption leaves
+    no directory of these names; what a killed conversion left is removed by the next one.
+
+    Args:
+        dtype: of the weights, as in ``cut_model``; ``None`` keeps each tensor's own.
+        max_shard_bytes: of a safetensors file.
+        verify: read everything back and compare it with the source before the directories get their names.
+        trust: do not compare the source's files with their digests, where it has any.
+        progress: called with the number of bytes read, from several threads.
+
+    Raises ``UserError`` where a destination holds something or the disk is too small, for an unknown submodel or
+    one that ``nemotron_h`` cannot state, for an elastic export of a model that is not, for a damaged source.
+    """
+    plans = [_plan(source, request, dtype) for request in requests]
+    check_space({p.request.directory: sum(map(nbytes, p.entries.values())) for p in plans})
+    if not trust:
+        in_threads(lambda rank: integrity.verify(source.path, rank, threads()), range(threads()))
+    with write_errors(requests[0].directory.parent), ExitStack() as stack:
+        folders = [stack.enter_context(_folder(p.request.directory)) for p in plans]
+        sinks = [HFSink(folder, plan, max_shard_bytes) for folder, plan in zip(folders, plans, strict=True)]
+        for sink in sinks:
+            stack.callback(sink.shards.abort)
+        models = [plan.model for plan in plans]
+        read = copy(source, models, sinks, progress)
+        for folder, plan, sink in zip(folders, plans, sinks, strict=True):
+            sink.shards.close()
+            _complete(folder, plan, source.side_files)
+        if verify:
+            copy(source, models, [_written(f, p) for f, p in zip(folders, plans, strict=True)], progress)
+        for folder, plan in zip(folders, plans, strict=True):
+            folder.replace(plan.request.directory)
+    return Report(
+        written=[p.request.directory for p in plans],
+        tensors=sum(len(p.entries) for p in plans),
+        bytes_read=read,
+        bytes_written=sum(nbytes(e) for p in plans for e in p.entries.values()),
+        verified=verify,
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What will be written: ``manifest`` is that of an elastic directory, or of the source."""
+
+    request: Request
+    manifest: Manifest
+    model: Model
+    entries: dict[str, Entry]
+    config: dict[str, object]
+    card: str
+
+
+def _plan(source: StoredModel, request: Request, dtype: torch.dtype | None) -> _Plan:
+    manifest = source.manifest
+    _check_request(request, source)
+    model = cut_model(source, request.submodel, plain_order=request.plain_order, dtype=dtype)
+    remote_code = source.side_files is not None and any(
+        f.suffix == ".py" for f in side_files(source.side_files)
+    )
+    config = hf_config(manifest, model.shape, remote_code, model.layer_sizes)
+    entries = _entries(model)
+    config = with_dtype(config, entries[EMBEDDING].dtype)
+    if request.elastic:
+        nested = manifest if request.submodel is None else nested_manifest(manifest, request.submodel)
+        manifest = replace(nested, hf_config=config)
+    card = model_card(
+        manifest,
+        title=_title(request),
+        submodel=request.submodel,
+        elastic=request.elastic,
+        dtype=entries[EMBEDDING].dtype,
+    )
+    return _Plan(request, manifest, model, entries, config, card)
+
+
+def _title(request: Request) -> str:
+    """Not the directory's name: the same request gives the same bytes."""
+    if request.submodel is not None:
+        return f"Nemotron-H, size {request.submodel}"
+    return "Nemotron-H, elastic" if request.elastic else "Nemotron-H"
+
+
+def _check_request(request: Request, source: StoredModel) -> None:
+    directory = request.directory
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(
+            f"{directory} already exists and is not empty; choose another destination or remove it"
+        )
+    if (request.elastic or request.submodel is not None) and source.manifest.space is None:
+        raise UserError(
+            f"{source.path} is not elastic and has no submodels (it has no elastic_config.json, or one without a "
+            "space); train it with a space, or convert it without --submodel and --elastic"
+        )
+    if request.elastic and request.plain_order:
+        raise UserError("--elastic keeps the stored order, which --plain-order undoes; choose one of them")
+
+
+def _entries(model: Model) -> dict[str, Entry]:
+    """The tensors of the directory, in the order of the model.
+
+    A tied model gets an ``lm_head.weight`` of its own: transformers 5.16 ties nothing in ``nemotron_h``
+    (``NemotronHForCausalLM._tied_weights_keys`` is empty) and would initialise the head at random.
+    """
+    dtypes = {piece.key: cut.dtype for cut in model.cuts for piece in hf_pieces(cut.target)}
+    shapes = stored_shapes(model.tensors, hf_pieces)
+    entries = {key: Entry(shape, dtypes[key]) for key, shape in shapes.items()}
+    if model.shape.tie_embeddings:
+        entries[HEAD] = entries[EMBEDDING]
+    return entries
+
+
+class HFSink:
+    """Takes the tensors of one directory."""
+
+    def __init__(self, folder: Path, plan: _Plan, max_shard_bytes: int) -> None:
+        self.shards = SafetensorsShards(folder, plan.entries, max_shard_bytes)
+        self._tied = plan.model.shape.tie_embeddings
+
+    def write(self, tensor: ModelTensor, start: int, rows: Tensor) -> None:
+        """As ``Sink.write``."""
+        row = 0
+        for piece in hf_pieces(tensor):
+            first, last = max(start, row), min(start + len(rows), row + piece.rows)
+            if first < last:
+                part = rows[first - start : last - start]
+                self.shards.write(piece.key, piece.start + first - row, part)
+                if self._tied and piece.key == EMBEDDING:
+                    self.shards.write(HEAD, first, part)
+            row += piece.rows
+
+
+@contextmanager
+def _folder(directory: Path) -> Iterator[Path]:
+    """A hidden sibling to write to; gone afterwards, unless it was renamed."""
+    partial = directory.parent / f".{directory.name}.incomplete"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _complete(folder: Path, plan: _Plan, side: Path | None) -> None:
+    """Everything besides the weights."""
+    for file in side_files(side) if side is not None else ():
+        shutil.copy2(file, folder / file.name)
+    for name, file in code_files(plan.config).items():
+        shutil.copyfile(file, folder / name)
+    if plan.request.elastic:
+        plan.manifest.write(folder / ELASTIC_CONFIG)
+    (folder / CONFIG).write_text(json.dumps(plan.config, indent=2) + "\n")
+    (folder / "README.md").write_text(plan.card)
+
+
+def _written(folder: Path, plan: _Plan) -> Comparison:
+    """What was written, by its own headers."""
+    files = SafetensorsFiles(sorted(folder.glob("*.safetensors")))
+    assert files.entries == plan.entries, f"{folder} has other tensors than planned"
+    return Comparison(StoredModel(folder, Manifest(plan.model.shape), files, hf_pieces))

@@ -1,0 +1,67 @@
+"""Write a Megatron checkpoint from a stored model, tensor by tensor."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from math import prod
+from pathlib import Path
+
+from ..checkpoint import integrity, tracker
+from ..checkpoint.hf_read import side_files
+from ..checkpoint.manifest import FILE
+from ..checkpoint.stored import StoredModel
+from ..checkpoint.torch_dist import open_torch_dist
+from ..errors import UserError
+from .copy import Progress, copy
+from .cut import cut_model
+from .disk import check_space, write_errors
+from .report import Report
+from .torch_dist_files import write_torch_dist
+from .verify import Comparison
+
+
+def to_megatron(
+    source: StoredModel, directory: Path, *, verify: bool = False, progress: Progress | None = None
+) -> Report:
+    """Write iteration 0 of a checkpoint, for any parallel layout, in memory that does not grow with the model.
+
+    The tensors keep their dtypes. The checkpoint is written under a hidden name, and the tracker names it when it is
+    complete.
+
+    Args:
+        directory: the checkpoint root; must hold no checkpoint yet.
+        verify: read everything back and compare it with the source before the tracker names it.
+        progress: called with the number of bytes read, from several threads.
+
+    Raises ``UserError`` where there is a checkpoint already, the disk is too small or cannot be written.
+    """
+    if tracker.is_checkpoint(directory):
+        raise UserError(f"{directory} holds a checkpoint already; choose another folder")
+    model = cut_model(source)
+    size = sum(prod(cut.target.shape) * cut.dtype.itemsize for cut in model.cuts)
+    check_space({directory: size})
+    temporary = tracker.temporary(directory, 0)
+    with write_errors(directory), ExitStack() as stack:
+        tracker.begin(directory, 0)
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+
+        write_torch_dist(
+            temporary, [(cut.target, cut.dtype) for cut in model.cuts], source.rows, progress=progress
+        )
+        source.manifest.write(temporary / FILE)
+        if source.side_files is not None:
+            (temporary / "hf").mkdir()
+            for file in side_files(source.side_files):
+                shutil.copy2(file, temporary / "hf")
+        if verify:
+            copy(source, [model], [Comparison(open_torch_dist(temporary, source.manifest, None))], progress)
+        integrity.seal(temporary)
+        tracker.publish(directory, 0)
+    return Report(
+        written=[directory],
+        tensors=len(model.cuts),
+        bytes_read=size,
+        bytes_written=size,
+        verified=verify,
+    )
