@@ -28,6 +28,8 @@ RUN = "tests/training/test_distillation_run.py"
 RESUME = "tests/training/test_resume.py"
 ROUTER = "tests/router/test_budget_router.py"
 MIX = "tests/ops/test_mix.py"
+STREAMS = "tests/conversion/test_streaming.py"
+HF = "tests/checkpoint/test_hf.py"
 RANK_GRADIENTS = "tests/parallel/test_rank_gradients.py"
 RANK_TRAINING = "tests/parallel/test_training.py"
 RANK_RANKING = "tests/parallel/test_ranking.py"
@@ -151,4 +153,38 @@ MUTATIONS = (
              '"nvfp4": 0.5 + 1 / 16', '"nvfp4": 0.5', "tests/cost/test_formulas.py"),
     Mutation("cost", "budgets are met from above only", "router/loss.py",
              "error = (cost - 1).abs()", "error = (cost - 1).clamp_min(0)", ROUTER),
+    Mutation("copy", "tiles forget where they begin", "conversion/copy.py",
+             "cut.rows[inside] - first", "cut.rows[inside]", STREAMS),
+    Mutation("copy", "a tile's rows go to the beginning of the target", "conversion/copy.py",
+             "        yield first, _convert(cut, rows)", "        yield 0, _convert(cut, rows)", STREAMS),
+    Mutation("copy", "columns are cut like rows", "conversion/copy.py",
+             "rows = _take(rows, cut.columns, 1)", "rows = _take(rows, cut.columns, 0)", STREAMS),
+    Mutation("copy", "a gap is closed one row too late", "conversion/copy.py",
+             "(wanted.diff() > gap + 1)", "(wanted.diff() > gap + 2)", STREAMS),
+    Mutation("copy", "kept experts are taken by their new numbers", "conversion/cut.py",
+             'expert = expert if kept is None else positions.of_axis("num_moe_experts", kept)[expert]',
+             "expert = expert if kept is None else expert", STREAMS),
+    Mutation("copy", "kept layers are taken by their new numbers", "conversion/cut.py",
+             "None if target.layer is None else layers[target.layer]", "target.layer", STREAMS),
+    Mutation("copy", "plain order leaves the lanes", "conversion/cut.py",
+             "kept = [kept[i] for i in undeal(width, lanes, groups)]",
+             "kept = [kept[i] for i in range(width)]", STREAMS),
+    Mutation("copy", "q, k and v lie one after the other", "checkpoint/hf_names.py",
+             "for part in range(parts) for name, rows in shares", "for name, rows in shares for part in range(parts)",
+             HF),
+    Mutation("copy", "experts of a stack are read from the first", "checkpoint/torch_dist_names.py",
+             "(tensor.expert or 0) * rows", "0", "tests/conversion/test_torch_dist_write.py"),
+    Mutation("copy", "a chunk of a column begins at its first row", "checkpoint/torch_dist.py",
+             "skipped + (top - offsets[0]) * prod(sizes[1:])", "skipped", "tests/checkpoint/test_torch_dist_read.py"),
+    Mutation("copy", "reading back compares nothing", "conversion/verify.py",
+             "not torch.equal(_bits(found), _bits(rows))", "False", STREAMS),
+    Mutation("copy", "a directory has its name from the beginning", "conversion/hf_target.py",
+             'directory.parent / f".{directory.name}.incomplete"', "directory", HF),
+    Mutation("copy", "a tied head is not compared with the embedding", "checkpoint/hf_read.py",
+             "if not torch.equal(out, other):", "if False:", "tests/checkpoint/test_hf_errors.py"),
+    Mutation("copy", "headers may promise more than the file holds", "checkpoint/safetensors_files.py",
+             "    if length != end:", "    if False:", "tests/checkpoint/test_hf_errors.py"),
+    Mutation("copy", "padding of the vocabulary comes along", "checkpoint/foreign.py",
+             "return stated if stated and stated <= rows < stated + padding else rows", "return rows",
+             "tests/checkpoint/test_foreign.py"),
 )  # fmt: skip

@@ -6,7 +6,6 @@ state (an object among the shards, ``common.pt`` in older releases), Megatron-Br
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import yaml
 from ..errors import UserError
 from ..space import ParentShape
 from .common_state import GIVE_CONFIG, DistMetadata, UnreadableError
+from .json_files import read_object
 from .manifest import FILE, Manifest
 from .tracker import TRACKER, folder
 
@@ -82,8 +82,7 @@ def foreign_folder(path: Path) -> Path | None:
         return None if (path / FILE).exists() else path
     for root in (path, path / "checkpoints"):
         if (root / TRACKER).exists():
-            found = _named(root)
-            return None if (found / FILE).exists() else found
+            return _named(root)
     return None
 
 
@@ -249,35 +248,29 @@ def _function(value: Any) -> Any:
     return value
 
 
-def _named(root: Path) -> Path:
+def _named(root: Path) -> Path | None:
     text = (root / TRACKER).read_text(errors="replace").strip()
     named = folder(root, int(text)) if text.isdecimal() else root / "release"
-    if not text.isdecimal() and text != "release":
+    known = text.isdecimal() or text == "release"
+    if known and (named / BACKEND).exists():
+        return None if (named / FILE).exists() else named
+    if any((p / FILE).exists() for p in root.glob("*iter_*")):
+        return None  # a root of ours, about which ``tracker`` knows more
+    if not known:
         raise UserError(
             f"{root / TRACKER} says {text[:40]!r}; write the number of an iteration, or 'release'"
         )
     if not named.is_dir():
         raise UserError(f"{root / TRACKER} says {text!r}, but {named} is not there; correct the file")
-    if not (named / BACKEND).exists():
-        raise UserError(
-            f"{named} has no {BACKEND}, so its format is not torch_dist; convert it with Megatron-LM's "
-            "--ckpt-convert-format torch_dist"
-        )
-    return named
+    raise UserError(
+        f"{named} has no {BACKEND}, so its format is not torch_dist; convert it with Megatron-LM's "
+        "--ckpt-convert-format torch_dist"
+    )
 
 
 def _hf_config(path: Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
-    try:
-        config = json.loads(file.read_text())
-    except OSError as e:
-        raise UserError(
-            f"{file} cannot be read ({e.strerror}); give a Hugging Face model directory"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{file} is no valid JSON ({e}); copy it again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file} holds a {type(config).__name__}, not an object; copy it again")
+    config = read_object(file, "give a Hugging Face model directory")
     if "quantization_config" in config:
         raise UserError(
             f"{file} is that of a quantised model; give the directory with the BF16 or FP32 weights"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from torch import Tensor
 from ..errors import UserError
 from ..space import ParentShape
 from .hf_names import EMBEDDING, HEAD, hf_pieces
+from .json_files import read_object
 from .manifest import Manifest
 from .safetensors_files import SafetensorsFiles
-from .stored import Entry, StoredModel, model_tensors, stored_shapes
+from .stored import DTYPES, Entry, StoredModel, model_tensors, stored_shapes
 
 CONFIG = "config.json"
 ELASTIC_CONFIG = "elastic_config.json"
@@ -34,7 +34,6 @@ _SIDE_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
-DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
 def read_hf(directory: Path) -> StoredModel:
@@ -82,25 +81,13 @@ def read_config(directory: Path) -> dict[str, Any]:
     """``config.json`` of a directory. Raises ``UserError`` where either is missing or damaged."""
     if not directory.is_dir():
         raise UserError(f"{directory} is no directory; give a Hugging Face model directory")
-    return _read_json(directory / CONFIG, "is it a Hugging Face model directory?")
+    return read_object(directory / CONFIG, "is it a Hugging Face model directory?")
 
 
 def side_files(directory: Path) -> tuple[Path, ...]:
     """Tokenizer, generation and remote-code files of a directory, sorted."""
     found = {file for pattern in _SIDE_FILES for file in directory.glob(pattern) if file.is_file()}
     return tuple(sorted(found))
-
-
-def _read_json(file: Path, hint: str) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing; {hint}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{file} is no valid JSON ({e}); copy it again") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{file} holds a {type(data).__name__}, not an object; copy it again")
-    return data
 
 
 def _shards(directory: Path) -> list[Path]:
@@ -112,7 +99,7 @@ def _shards(directory: Path) -> list[Path]:
                 f"{directory} has neither {INDEX} nor {SINGLE}; copy the weights (safetensors) there"
             )
         return [single]
-    names = _read_json(index, "").get("weight_map")
+    names = read_object(index, "copy it there").get("weight_map")
     if not isinstance(names, dict):
         raise UserError(f"{index} has no weight_map; copy it again")
     files = [directory / n for n in sorted(set(names.values()))]

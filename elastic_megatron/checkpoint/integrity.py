@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,12 @@ def digest_part(folder: Path, rank: int, files: Iterable[Path]) -> None:
     A disk that is full is not reported here but by Megatron's writer, to all ranks.
     """
     with contextlib.suppress(OSError):
-        _write(folder / _PARTS.format(rank), {f.name: _entry(f) for f in files})
+        record(folder, rank, {f.name: _entry(f) for f in files})
+
+
+def record(folder: Path, part: int, digests: Mapping[str, tuple[int, str]]) -> None:
+    """Leave (size, digest) of files, taken while they were written, in ``folder`` for ``seal``."""
+    _write(folder / _PARTS.format(part), dict(digests))
 
 
 def seal(folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..space import Budget, ElasticSpace, ParentShape, SubmodelSpec
+from .json_files import read_object
 
 FILE = "elastic.json"
 FORMAT_VERSION = 1
@@ -91,12 +92,7 @@ class Manifest:
     @classmethod
     def read(cls, path: Path) -> Manifest:
         """Read ``elastic.json`` or ``elastic_config.json``. Raises ``UserError`` where it is missing or damaged."""
-        try:
-            data = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing; is {path.parent} a checkpoint of this project?") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise UserError(f"{path} is no valid JSON ({e}); restore it from a backup") from None
-        if not isinstance(data, dict):
-            raise UserError(f"{path} holds a {type(data).__name__}, not an object; restore it from a backup")
+        data = read_object(
+            path, f"is {path.parent} a checkpoint of this project?", "restore it from a backup"
+        )
         return cls.from_dict(data, str(path))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
 from ..recipe import Recipe
 from ..space import Budget, ElasticSpace, ParentShape
+from .json_files import read_object
 from .manifest import FILE, Manifest
 from .tracker import resolve
 
@@ -36,7 +35,7 @@ def hf_manifest(path: Path) -> Manifest:
     elastic = config.with_name(ELASTIC_CONFIG)
     if elastic.exists():
         return Manifest.read(elastic)
-    data = _read_config(config)
+    data = read_object(config, "give a Hugging Face model directory")
     return Manifest(shape=ParentShape.from_hf(data), hf_config=data)
 
 
@@ -65,17 +64,3 @@ def budgets(recipe: Recipe) -> tuple[Budget, ...]:
             fields["table"] = str(fields["table"])
         out.append(Budget(name=name, **fields))
     return tuple(out)
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text())
-    except OSError as e:
-        raise UserError(
-            f"{file} cannot be read ({e.strerror}); give a Hugging Face model directory"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{file} is no valid JSON ({e}); copy it again") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{file} holds a {type(data).__name__}, not an object; copy it again")
-    return data

@@ -64,6 +64,8 @@ def open_stored(path: Path, config: Path | None = None) -> StoredModel:
     if config is not None and not is_hf(config):
         raise UserError(f"{config} has no config.json; give a Hugging Face model directory")
     side = config if config is not None and side_files(config) else None
+    if folder := foreign_folder(path):
+        return open_torch_dist(folder, foreign_manifest(folder, config), side)
     if tracker.is_checkpoint(path):
         folder = tracker.resolve(path)
         manifest = Manifest.read(folder / FILE)
@@ -71,8 +73,6 @@ def open_stored(path: Path, config: Path | None = None) -> StoredModel:
         return open_torch_dist(folder, manifest, side or _side(folder))
     if is_hf(path):
         return read_hf(path)
-    if folder := foreign_folder(path):
-        return open_torch_dist(folder, foreign_manifest(folder, config), side)
     raise nowhere(path)
 
 

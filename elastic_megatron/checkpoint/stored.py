@@ -20,6 +20,9 @@ from ..cost.sizes import parent_fields
 from ..space import ParentShape, TensorLayout, ends, tensors_of
 from .manifest import Manifest
 
+# of weights that are not quantised
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+
 
 @dataclass(frozen=True)
 class ModelTensor:

@@ -24,11 +24,10 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from ..errors import UserError
 from .manifest import Manifest
 from .raw import REMEDY, RawFiles
-from .stored import Entry, ModelTensor, Piece, StoredModel, model_tensors
+from .stored import DTYPES, Entry, ModelTensor, Piece, StoredModel, model_tensors
 from .torch_archive import find_values
 from .torch_dist_names import dist_pieces
 
-_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 # what a column-cut chunk is read through
 _BUFFER = 4 << 20
 # before every key of the model: Megatron-LM, and wrappers that save their module
@@ -280,7 +279,7 @@ def _check(
                 f"{what} has shape {list(found.shape)}, the description of the model says {list(wanted)}; "
                 "they belong to different models"
             )
-        if len(dtypes) > 1 or found.dtype not in _DTYPES:
+        if len(dtypes) > 1 or found.dtype not in DTYPES:
             names = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
             raise UserError(f"{what} has dtype {names}; save the weights in one of BF16, FP16 or FP32")
     if tensor.layout.split and len(pieces) == 1 and any(c.offsets[0] for c in files.chunks(pieces[0].key)):

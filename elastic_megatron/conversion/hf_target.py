@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from ..checkpoint.safetensors_files import SafetensorsFiles
 from ..checkpoint.stored import Entry, ModelTensor, StoredModel, stored_shapes
 from ..errors import UserError
 from .card import model_card
-from .copy import Progress, copy, in_threads, threads
+from .copy import Progress, copy, threads
 from .cut import Model, cut_model
 from .disk import check_space, write_errors
 from .report import Report
@@ -76,15 +77,14 @@ def to_hf(
     """
     plans = [_plan(source, request, dtype) for request in requests]
     check_space({p.request.directory: sum(map(nbytes, p.entries.values())) for p in plans})
-    if not trust:
-        in_threads(lambda rank: integrity.verify(source.path, rank, threads()), range(threads()))
     with write_errors(requests[0].directory.parent), ExitStack() as stack:
         folders = [stack.enter_context(_folder(p.request.directory)) for p in plans]
         sinks = [HFSink(folder, plan, max_shard_bytes) for folder, plan in zip(folders, plans, strict=True)]
         for sink in sinks:
             stack.callback(sink.shards.abort)
         models = [plan.model for plan in plans]
-        read = copy(source, models, sinks, progress)
+        with nullcontext() if trust else _digests_compared(source.path):
+            read = copy(source, models, sinks, progress)
         for folder, plan, sink in zip(folders, plans, sinks, strict=True):
             sink.shards.close()
             _complete(folder, plan, source.side_files)
@@ -190,6 +190,23 @@ class HFSink:
                 if self._tied and piece.key == EMBEDDING:
                     self.shards.write(HEAD, first, part)
             row += piece.rows
+
+
+@contextmanager
+def _digests_compared(folder: Path) -> Iterator[None]:
+    """Compare files with their digests meanwhile; damage that they show explains whatever else goes wrong."""
+    world = threads()
+    with ThreadPoolExecutor(world) as pool:
+        found = [pool.submit(integrity.verify, folder, rank, world) for rank in range(world)]
+        try:
+            yield
+        except Exception:
+            wait(found)
+            if damage := next(filter(None, (f.exception() for f in found)), None):
+                raise damage from None
+            raise
+        for future in found:
+            future.result()
 
 
 @contextmanager

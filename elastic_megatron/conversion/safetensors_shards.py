@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..checkpoint.hf_read import INDEX, SINGLE
-from ..checkpoint.raw import as_bytes
+from ..checkpoint.raw import as_bytes, begin_writing
 from ..checkpoint.safetensors_files import DTYPES
 from ..checkpoint.stored import Entry
 
@@ -69,6 +69,7 @@ class SafetensorsShards:
         offset += start * prod(entry.shape[1:]) * entry.dtype.itemsize
         while buffer:
             n = os.pwrite(shard.descriptor, buffer, offset)
+            begin_writing(shard.descriptor, offset, n)
             buffer, offset = buffer[n:], offset + n
         with self._lock:
             shard.missing -= len(rows)

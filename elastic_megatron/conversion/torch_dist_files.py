@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +26,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from ..checkpoint import integrity
+from ..checkpoint.raw import begin_writing
 from ..checkpoint.stored import ModelTensor
 from ..checkpoint.torch_dist_names import dist_pieces
 from .copy import Progress, single_threaded_torch, threads
@@ -85,7 +86,7 @@ def write_torch_dist(
     FileSystemWriter(folder).finish(metadata, [shard.written for shard in shards])
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     digests = {shard.file.name: (shard.size, shard.digest) for shard in shards}
-    (folder / "digests.0.json").write_text(json.dumps(digests))
+    integrity.record(folder, 0, digests)
     _flush(folder / "metadata.json")
     _flush(folder)
 
@@ -185,6 +186,8 @@ class _Shard:
                 if stop.is_set():
                     return
                 stream.save(_data(chunk, rows))
+                file.flush()
+                begin_writing(file.fileno(), self.size, stream.size - self.size)
                 self._add(chunk.item.index, stream)
                 if progress is not None:
                     progress(chunk.nbytes)

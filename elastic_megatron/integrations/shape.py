@@ -31,6 +31,8 @@ _FIXED_MOE = (
     "moe_router_score_function", "moe_router_enable_expert_bias", "moe_router_dtype", "moe_router_num_groups",
     "moe_shared_expert_gate", "moe_apply_probs_on_input", "moe_expert_capacity_factor",
 )  # fmt: skip
+# values that mean what ours means: all experts in one group, as Megatron-Bridge says it
+_SAME = (("moe_router_num_groups", 1),)
 
 
 def parent_shape(config: Any) -> ParentShape:
@@ -57,7 +59,7 @@ def parent_shape(config: Any) -> ParentShape:
     needed = transformer_config(shape, torch.float32)
     for name in (*_FIXED, *(_FIXED_MOE if "E" in pattern else ())):
         value, expected = (_comparable(getattr(c, name, None)) for c in (config, needed))
-        if value != expected:
+        if value != expected and (name, value) not in _SAME:
             raise _differs(name, value, expected)
     return shape
 

@@ -460,6 +460,16 @@ def test_ours_and_nothing_are_no_folders_of_others(tmp_path: Path) -> None:
     assert foreign_folder(tmp_path) is None and foreign_folder(path) is None
 
 
+@pytest.mark.parametrize("text", ["soon", "3", "1"])
+def test_a_root_of_ours_is_left_to_our_tracker_whatever_state_it_is_in(tmp_path: Path, text: str) -> None:
+    """As between the two renamings of a save, where the named folder is hidden."""
+    path = folder(tmp_path / "iter_0000001")
+    (path / FILE).write_text("{}")
+    path.rename(tmp_path / ".iter_0000001.replaced")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(text)
+    assert foreign_folder(tmp_path) is None
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

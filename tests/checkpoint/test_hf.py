@@ -43,7 +43,9 @@ def test_write_then_read_is_the_identity(shape: ParentShape, shard: int, dtype: 
         opened = read_hf(Path(folder, "m"))
         assert same(dict(opened.state()), state)
         again = opened.manifest.shape
-    assert [(t.name, t.shape) for t in model_tensors(again)] == [(t.name, t.shape) for t in model_tensors(shape)]
+    assert [(t.name, t.shape) for t in model_tensors(again)] == [
+        (t.name, t.shape) for t in model_tensors(shape)
+    ]
 
 
 def test_qkv_is_one_block_of_queries_key_and_value_for_each_group() -> None:

@@ -79,9 +79,11 @@ def test_what_torch_itself_writes_is_read(tmp_path: Path) -> None:
     # a view into a larger storage, a parameter, one value, none
     state = {"view": base[2:7], "parameter": torch.nn.Parameter(base), "one": base[0, :1], "none": base[:0]}
     dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
-    write_by_hand(tmp_path / "raw", {"view": base[2:7]}, saved=lambda _: archive(base[2:7]))
-    opened, by_hand = DistFiles(tmp_path), DistFiles(tmp_path / "raw")
-    for files, key in [(opened, key) for key in state] + [(by_hand, "view")]:
+    opened, by_hand = DistFiles(tmp_path), []
+    for key in ("view", "parameter"):  # which torch's writer takes out of its storage, and of its parameter
+        write_by_hand(tmp_path / key, {key: state[key]}, saved=lambda _, key=key: archive(state[key]))
+        by_hand.append((DistFiles(tmp_path / key), key))
+    for files, key in [(opened, key) for key in state] + by_hand:
         out = torch.empty(files.entries[key].shape)
         files.read(key, 0, out)
         assert torch.equal(out, state[key]), key
@@ -149,6 +151,14 @@ def test_a_column_cut_chunk_is_read_through_a_small_buffer(tmp_path: Path, reads
     out = torch.empty_like(tensor)
     DistFiles(tmp_path).read("cut", 0, out)
     assert torch.equal(out, tensor) and max(reads) <= 4 << 20 and len(reads) < 20
+
+
+def test_rows_that_a_chunk_holds_whole_are_read_without_a_buffer(tmp_path: Path, reads: list[int]) -> None:
+    tensor = torch.randn(8192, 513)
+    write_by_hand(tmp_path, {"w": tensor}, {"w": [[5000, 3192], [513]]})
+    out = torch.empty_like(tensor)
+    DistFiles(tmp_path).read("w", 0, out)
+    assert torch.equal(out, tensor) and sorted(reads)[-2:] == [3192 * 513 * 4, 5000 * 513 * 4]
 
 
 def test_threads_read_what_one_reads_with_few_files_open(tmp_path: Path) -> None:
@@ -245,16 +255,14 @@ def test_every_writers_names_lead_to_the_same_model(tmp_path: Path, writer: str,
     for name in state:
         if name.endswith(("expert_bias", "A_log")):
             state[name] = state[name].float()
-    dist = OTHERS[writer](keys_of_megatron(state, shape), shape)
+    own = {"budget_router.heads.x.weight": torch.ones(3)}
+    dist = OTHERS[writer](keys_of_megatron(state, shape) | own, shape)
     beside = {
         f"{kind}.{k}": torch.ones(2)
         for k in dist
         for kind in ("optimizer.state.exp_avg", "chained_1.optimizer")
     }
-    beside |= {
-        "budget_router.heads.x.weight": torch.ones(3),
-        "decoder.layers.0.mixer._extra_state": torch.ones(1),
-    }
+    beside["decoder.layers.0.mixer._extra_state"] = torch.ones(1)
     write_by_hand(
         tmp_path, dist | beside, objects=["rng_state/shard_0.0_1.1", "common_state/shard_0_1"], files=3
     )

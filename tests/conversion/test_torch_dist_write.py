@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Buffer, Mapping
 from math import prod
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from elastic_megatron.blocks import build_model
 from elastic_megatron.checkpoint import distributed, integrity
 from elastic_megatron.checkpoint.manifest import FILE, Manifest
 from elastic_megatron.checkpoint.stored import ModelTensor, model_tensors
-from elastic_megatron.conversion.torch_dist_files import write_torch_dist
+from elastic_megatron.conversion.torch_dist_files import _Stream, write_torch_dist
 from elastic_megatron.space import ParentShape
 
 MODELS = {
@@ -205,7 +207,7 @@ def test_no_more_rows_are_asked_for_or_held_than_a_chunk_a_file(
 ) -> None:
     """Rows lie in buffers that die with the last tensor on them."""
 
-    class Buffer(bytearray):
+    class Rows(bytearray):
         pass
 
     alive, most, progressed = 0, 0, []
@@ -222,7 +224,7 @@ def test_no_more_rows_are_asked_for_or_held_than_a_chunk_a_file(
         row = 4 * prod(tensor.shape[1:])
         assert start < stop and (stop - start == 1 or (stop - start) * row <= chunk_bytes)
         asked[tensor.name] += stop - start
-        buffer = Buffer((stop - start) * row)
+        buffer = Rows((stop - start) * row)
         count(1)
         weakref.finalize(buffer, count, -1)
         return torch.frombuffer(buffer, dtype=torch.float32).view(stop - start, *tensor.shape[1:])
@@ -276,7 +278,20 @@ def test_files_hold_about_as_many_bytes_each_and_little_else(tmp_path: Path) -> 
 def test_a_full_disk_is_an_os_error(number: int, tmp_path: Path) -> None:
     (tmp_path / f"__0_{number}.distcp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device"):
-        write(tmp_path, SHAPE, random_state(SHAPE), files=2)
+        write(tmp_path, WIDE, random_state(WIDE), files=2)  # rows larger than a file's buffer
+
+
+def test_an_error_that_does_not_return_keeps_its_kind() -> None:
+    """torch would make a ``RuntimeError`` without the reason of it; a disk that stays full fails again on closing."""
+
+    class Broken(io.BytesIO):
+        def write(self, data: Buffer, /) -> int:
+            if self.tell() > 100:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().write(data)
+
+    with pytest.raises(OSError, match="Input/output error"):
+        _Stream(Broken()).save(torch.ones(100_000))
 
 
 def test_the_first_failure_stops_every_file(tmp_path: Path) -> None:
@@ -301,6 +316,10 @@ def test_the_first_failure_stops_every_file(tmp_path: Path) -> None:
 
 def test_settings_of_torch_stay_as_they_were(tmp_path: Path) -> None:
     before = torch.get_num_threads()
-    write(tmp_path, SHAPE, random_state(SHAPE))
+    torch.set_num_threads(2)
+    try:
+        write(tmp_path, SHAPE, random_state(SHAPE))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
     assert torch.serialization.get_crc32_options()
-    assert torch.get_num_threads() == before

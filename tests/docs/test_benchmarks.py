@@ -277,12 +277,12 @@ def test_the_tool_writes_the_tables_between_the_markers(tmp_path: Path) -> None:
     assert text.startswith(f"before\n{BEGIN}\n{MACHINE.facts(ROOT)['cpu']}, ") and text.endswith(
         f" |\n{END}\nafter\n"
     )
-    rows = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ")]
-    assert (
-        rows
-        == ["operation", ":---", *(o.title for o in OPERATIONS.values()), "peak memory for", "---:"]
-        + ["0.0 GB"] * 4
-    )
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    first = [line.split(" | ")[0].removeprefix("| ") for line in lines]
+    titles = [operation.title for operation in OPERATIONS.values()]
+    assert first == ["operation", ":---", *titles, "peak memory for", "---:", *["0.0 GB"] * 4]
+    # a cell for each heading, and a column for each operation that results() puts into the sweep
+    assert [line.count(" | ") for line in lines] == [8] * (2 + len(titles)) + [len(titles)] * 6
 
 
 @pytest.mark.parametrize("data", [{}, [1], {"machine": 3}, results(model=None)])

@@ -21,7 +21,11 @@ from tiny_models import SIZES, SPACE, flags
 
 from elastic_megatron.blocks import build_elastic_model
 from elastic_megatron.checkpoint import distributed, tracker
+from elastic_megatron.checkpoint.hf_read import read_hf
 from elastic_megatron.checkpoint.manifest import FILE, Manifest
+from elastic_megatron.checkpoint.slice import slice_state
+from elastic_megatron.checkpoint.source import open_stored
+from elastic_megatron.conversion import Request, to_hf
 from elastic_megatron.data.prepare import prepare
 from elastic_megatron.data.tokenizer import byte_tokenizer
 from elastic_megatron.recipe import Recipe, load
@@ -175,6 +179,23 @@ def test_our_commands_read_the_weights_that_our_loop_would_have_left(runs: Runs)
     assert theirs.keys() == ours.keys()
     for name, value in theirs.items():
         assert (value - ours[name]).norm() <= 1e-4 * ours[name].norm(), name
+
+
+def test_its_checkpoints_convert_as_ours_do(runs: Runs, tmp_path: Path) -> None:
+    """Whole and cut, by the path of the run; bit by bit what loading it gives."""
+    source = open_stored(runs.folder / "whole")
+    weights = runs.weights(source.path)
+    names = list(source.manifest.submodels)
+    to_hf(
+        source, [Request(tmp_path / "all", elastic=True), Request(tmp_path / "cut", names[-1])], verify=True
+    )
+    exported = dict(read_hf(tmp_path / "all").state())
+    assert len(exported) > 10 and all(torch.equal(weights[name], t) for name, t in exported.items())
+    space = source.manifest.space
+    assert space is not None
+    cut = slice_state(space, source.manifest.submodels[names[-1]], exported.items())
+    found = dict(read_hf(tmp_path / "cut").state())
+    assert all(torch.equal(found.pop(name), tensor) for name, tensor in cut) and not found
 
 
 def test_the_router_has_learned_at_its_own_rate(runs: Runs) -> None:
