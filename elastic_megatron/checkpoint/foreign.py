@@ -21,6 +21,7 @@ from ..space import ParentShape
 from .common_state import GIVE_CONFIG, DistMetadata, UnreadableError
 from .json_files import read_object
 from .manifest import FILE, Manifest
+from .resolve import CONFIG, hf_shape
 from .tracker import TRACKER, folder
 
 BACKEND = "metadata.json"
@@ -100,8 +101,9 @@ def foreign_manifest(folder: Path, config: Path | None) -> Manifest:
         if said is None:
             raise UserError(f"{folder} says nothing about the model's sizes; {GIVE_CONFIG}")
         return Manifest(shape=said.shape())
-    hf_config = _hf_config(config)
-    shape = ParentShape.from_hf(hf_config)
+    file = config / CONFIG if config.is_dir() else config
+    hf_config = _hf_config(file)
+    shape = hf_shape(hf_config, file)
     try:
         said = _read(folder)
     except UnreadableError:
@@ -268,8 +270,7 @@ def _named(root: Path) -> Path | None:
     )
 
 
-def _hf_config(path: Path) -> dict[str, Any]:
-    file = path / "config.json" if path.is_dir() else path
+def _hf_config(file: Path) -> dict[str, Any]:
     config = read_object(file, "give a Hugging Face model directory")
     if "quantization_config" in config:
         raise UserError(

@@ -14,11 +14,10 @@ from ..space import ParentShape
 from .hf_names import EMBEDDING, HEAD, hf_pieces
 from .json_files import read_object
 from .manifest import Manifest
+from .resolve import CONFIG, ELASTIC_CONFIG, hf_shape
 from .safetensors_files import SafetensorsFiles
 from .stored import DTYPES, Entry, StoredModel, model_tensors, stored_shapes
 
-CONFIG = "config.json"
-ELASTIC_CONFIG = "elastic_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # what an export takes along besides weights and config; *.py is the remote code that ``auto_map`` names
@@ -45,7 +44,7 @@ def read_hf(directory: Path) -> StoredModel:
     missing, unknown, of another shape or quantised; nothing is dropped in silence.
     """
     config = read_config(directory)
-    shape = ParentShape.from_hf(config)
+    shape = hf_shape(config, directory / CONFIG)
     if "quantization_config" in config:
         raise UserError(f"{directory} is quantised; give the directory with the BF16 or FP32 weights")
     elastic = directory / ELASTIC_CONFIG

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from ..recipe import Recipe
 from ..space import Budget, ElasticSpace, ParentShape
 from .json_files import read_object
@@ -36,7 +38,15 @@ def hf_manifest(path: Path) -> Manifest:
     if elastic.exists():
         return Manifest.read(elastic)
     data = read_object(config, "give a Hugging Face model directory")
-    return Manifest(shape=ParentShape.from_hf(data), hf_config=data)
+    return Manifest(shape=hf_shape(data, config), hf_config=data)
+
+
+def hf_shape(config: Mapping[str, Any], file: Path) -> ParentShape:
+    """The shape that a ``config.json`` states. Raises ``UserError`` that names ``file``, as ``ParentShape.from_hf``."""
+    try:
+        return ParentShape.from_hf(config)
+    except UserError as e:
+        raise UserError(f"{file}: {e}") from None
 
 
 def elastic_space(recipe: Recipe, manifest: Manifest) -> ElasticSpace | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..checkpoint.stored import ModelTensor, StoredModel
 from .cut import Cut, Model, by_source
 
-TILE = 16 << 20
+TILE = 4 << 20
 # rows that no target wants are read where that joins two reads across less than this
 _GAP = 256 << 10
 # beyond this many stretches, columns are gathered one by one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,15 @@ def check_space(wanted: Mapping[Path, int]) -> None:
                 f"{places[device]} has {_gib(free)} GiB free, the conversion writes {_gib(size)} GiB; free space, or "
                 "choose a destination on another disk"
             )
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

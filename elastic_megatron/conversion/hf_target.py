@@ -25,7 +25,7 @@ from ..errors import UserError
 from .card import model_card
 from .copy import Progress, copy, threads
 from .cut import Model, cut_model
-from .disk import check_space, write_errors
+from .disk import check_space, flush, write_errors
 from .report import Report
 from .safetensors_shards import SafetensorsShards, nbytes
 from .verify import Comparison
@@ -92,6 +92,7 @@ def to_hf(
             copy(source, models, [_written(f, p) for f, p in zip(folders, plans, strict=True)], progress)
         for folder, plan in zip(folders, plans, strict=True):
             folder.replace(plan.request.directory)
+            flush(folder.parent)
     return Report(
         written=[p.request.directory for p in plans],
         tensors=sum(len(p.entries) for p in plans),
@@ -231,6 +232,8 @@ def _complete(folder: Path, plan: _Plan, side: Path | None) -> None:
         plan.manifest.write(folder / ELASTIC_CONFIG)
     (folder / CONFIG).write_text(json.dumps(plan.config, indent=2) + "\n")
     (folder / "README.md").write_text(plan.card)
+    for path in (*folder.iterdir(), folder):
+        flush(path)
 
 
 def _written(folder: Path, plan: _Plan) -> Comparison:

@@ -15,7 +15,7 @@ from ..checkpoint.torch_dist import open_torch_dist
 from ..errors import UserError
 from .copy import Progress, copy
 from .cut import cut_model
-from .disk import check_space, write_errors
+from .disk import check_space, flush, write_errors
 from .report import Report
 from .torch_dist_files import write_torch_dist
 from .verify import Comparison
@@ -56,6 +56,7 @@ def to_megatron(
                 shutil.copy2(file, temporary / "hf")
         if verify:
             copy(source, [model], [Comparison(open_torch_dist(temporary, source.manifest, None))], progress)
+        flush(temporary / FILE)
         integrity.seal(temporary)
         tracker.publish(directory, 0)
     return Report(

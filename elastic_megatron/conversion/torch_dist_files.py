@@ -31,6 +31,7 @@ from ..checkpoint.raw import begin_writing
 from ..checkpoint.stored import ModelTensor
 from ..checkpoint.torch_dist_names import dist_pieces
 from .copy import Progress, single_threaded_torch, threads
+from .disk import flush
 
 Rows = Callable[[ModelTensor, int, int], Tensor]
 # more leaves the caches between reading, hashing and writing
@@ -87,8 +88,8 @@ def write_torch_dist(
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     digests = {shard.file.name: (shard.size, shard.digest) for shard in shards}
     integrity.record(folder, 0, digests)
-    _flush(folder / "metadata.json")
-    _flush(folder)
+    flush(folder / "metadata.json")
+    flush(folder)
 
 
 @dataclass(frozen=True)
@@ -261,11 +262,3 @@ def _write(shards: Sequence[_Shard], rows: Rows, progress: Progress | None) -> N
         except BaseException:
             stop.set()
             raise
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

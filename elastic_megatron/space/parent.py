@@ -169,17 +169,23 @@ class ParentShape:
             raise UserError(
                 f"model_type is {config.get('model_type')!r}; only 'nemotron_h' models can be read"
             )
-        listed = "".join(_HF_LAYER_TYPES.get(t, "?") for t in config.get("layers_block_type") or ())
+        types = config.get("layers_block_type") or ()
+        if unknown := sorted({str(t) for t in types} - set(_HF_LAYER_TYPES)):
+            raise UserError(
+                f"layers_block_type has unknown layer types {', '.join(unknown)}; known are "
+                f"{', '.join(_HF_LAYER_TYPES)}"
+            )
+        listed = "".join(_HF_LAYER_TYPES[t] for t in types)
         pattern = config.get("hybrid_override_pattern") or listed
         if listed and listed != pattern:
             raise UserError(
-                f"config.json contradicts itself: hybrid_override_pattern is {pattern!r}, layers_block_type says "
+                f"it contradicts itself: hybrid_override_pattern is {pattern!r}, layers_block_type says "
                 f"{listed!r}; remove the wrong one"
             )
         for field, legal in _HF_ONLY.items():
             if config.get(field, legal[0]) not in legal:
                 raise UserError(
-                    f"config.json has {field}={config[field]!r}, which elastic models do not support yet; "
+                    f"it has {field}={config[field]!r}, which elastic models do not support yet; "
                     "convert this model without it"
                 )
         sizes = {name: config.get(axis(name).hf) or 0 for name in _HF_AXES}
@@ -194,7 +200,7 @@ class ParentShape:
             sizes["ffn_hidden_size"] = 0
         if not sizes.get("hidden_size") or not sizes.get("vocab_size"):
             raise UserError(
-                "config.json lacks hidden_size or vocab_size; it is not a complete nemotron_h config"
+                "it lacks hidden_size or vocab_size; it is not a complete nemotron_h config"
             )
         return cls(hybrid_layer_pattern=pattern, **sizes)
 
