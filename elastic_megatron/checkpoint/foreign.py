@@ -18,6 +18,7 @@ import yaml
 
 from ..errors import UserError
 from ..space import ParentShape
+from ..space.parent import LAYER_FIELDS
 from .common_state import GIVE_CONFIG, DistMetadata, UnreadableError
 from .json_files import read_object
 from .manifest import FILE, Manifest
@@ -26,16 +27,7 @@ from .tracker import TRACKER, folder
 
 BACKEND = "metadata.json"
 RUN_CONFIG = "run_config.yaml"
-# the sizes of each kind of layer: for a model without such layers a config's values say nothing
-_SIZES = {
-    "M": ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups", "mamba_chunk_size"),
-    "*": ("num_attention_heads", "num_query_groups", "kv_channels"),
-    "E": (
-        "num_moe_experts", "moe_router_topk", "moe_router_topk_scaling_factor", "moe_ffn_hidden_size",
-        "moe_shared_expert_intermediate_size",
-    ),
-    "-": ("ffn_hidden_size",),
-}  # fmt: skip
+_SIZES = {**LAYER_FIELDS, "M": (*LAYER_FIELDS["M"], "mamba_chunk_size")}
 # what a nemotron_h model computes, by Megatron's options: the values under which a Megatron model computes the same
 _NUMERICS: Mapping[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",),

@@ -10,17 +10,8 @@ import torch
 from ..blocks import transformer_config
 from ..errors import UserError
 from ..space import ParentShape
+from ..space.parent import LAYER_FIELDS
 
-# fields of ParentShape that belong to one kind of layer: without such layers a config's value says nothing
-_OF_LAYERS = {
-    "M": ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups"),
-    "*": ("num_attention_heads", "num_query_groups", "kv_channels"),
-    "E": (
-        "num_moe_experts", "moe_router_topk", "moe_router_topk_scaling_factor", "moe_ffn_hidden_size",
-        "moe_shared_expert_intermediate_size",
-    ),
-    "-": ("ffn_hidden_size",),
-}  # fmt: skip
 # what the numerics of a nemotron_h model fix in a TransformerConfig; the values are those that we build with
 _FIXED = (
     "normalization", "layernorm_zero_centered_gamma", "add_bias_linear", "add_qkv_bias", "gated_linear_unit",
@@ -45,7 +36,7 @@ def parent_shape(config: Any) -> ParentShape:
     """
     # the bars of a pattern cut it into pipeline stages
     pattern = (config.hybrid_layer_pattern or "").replace("|", "")
-    names = [f for symbol in _OF_LAYERS if symbol in pattern for f in _OF_LAYERS[symbol]]
+    names = [f for symbol in LAYER_FIELDS if symbol in pattern for f in LAYER_FIELDS[symbol]]
     given = {f: getattr(config, f) for f in ("hidden_size", "layernorm_epsilon", *names)}
     shape = ParentShape(
         hybrid_layer_pattern=pattern,
@@ -66,7 +57,7 @@ def parent_shape(config: Any) -> ParentShape:
 
 def check_same(shape: ParentShape, other: ParentShape, ours: str, theirs: str) -> None:
     """Raise ``UserError`` where two descriptions of one model differ; ``ours`` and ``theirs`` name them."""
-    kinds = {f: symbol for symbol, names in _OF_LAYERS.items() for f in names}
+    kinds = {f: symbol for symbol, names in LAYER_FIELDS.items() for f in names}
     pattern = shape.hybrid_layer_pattern + other.hybrid_layer_pattern
     for name in (f.name for f in fields(ParentShape)):
         # longest sequences and chunks of the scan change no number

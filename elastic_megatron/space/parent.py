@@ -58,6 +58,16 @@ _HF_ONLY: Mapping[str, tuple[Any, ...]] = {
     "mamba_hidden_act": ("silu",),
     "sliding_window": (None,),
 }
+# fields that belong to one kind of layer: in a model without such layers their values say nothing
+LAYER_FIELDS: Mapping[str, tuple[str, ...]] = {
+    "M": ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups"),
+    "*": ("num_attention_heads", "num_query_groups", "kv_channels"),
+    "E": (
+        "num_moe_experts", "moe_router_topk", "moe_router_topk_scaling_factor", "moe_ffn_hidden_size",
+        "moe_shared_expert_intermediate_size",
+    ),
+    "-": ("ffn_hidden_size",),
+}  # fmt: skip
 _NEEDS = {
     "M": ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups"),
     "*": ("num_attention_heads", "num_query_groups", "kv_channels"),
@@ -199,9 +209,7 @@ class ParentShape:
         if "-" not in pattern:
             sizes["ffn_hidden_size"] = 0
         if not sizes.get("hidden_size") or not sizes.get("vocab_size"):
-            raise UserError(
-                "it lacks hidden_size or vocab_size; it is not a complete nemotron_h config"
-            )
+            raise UserError("it lacks hidden_size or vocab_size; it is not a complete nemotron_h config")
         return cls(hybrid_layer_pattern=pattern, **sizes)
 
     def to_hf(self) -> dict[str, Any]:

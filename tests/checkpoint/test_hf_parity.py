@@ -9,6 +9,7 @@ import pytest
 import torch
 from hf_files import slice_hf, write_hf
 from hf_models import same, stored
+from parity import PARENT, TOLERANCE, distance, load, megatron_logits, randomise
 
 from elastic_megatron import runtime
 from elastic_megatron.blocks import build_elastic_model, build_model, running
@@ -17,16 +18,10 @@ from elastic_megatron.checkpoint.manifest import Manifest
 from elastic_megatron.checkpoint.slice import weights
 from elastic_megatron.data.tokenizer import byte_tokenizer, load_tokenizer
 from elastic_megatron.ops import SubmodelMix
-from elastic_megatron.space import ElasticSpace, ParentShape, SubmodelSpec
+from elastic_megatron.space import ElasticSpace, SubmodelSpec
 
 transformers = pytest.importorskip("transformers")
 
-PARENT = ParentShape(
-    "MEM*E-M", 64, 264, ffn_hidden_size=96, moe_ffn_hidden_size=48, moe_shared_expert_intermediate_size=64,
-    num_moe_experts=16, moe_router_topk=3, moe_router_topk_scaling_factor=2.5, mamba_num_heads=8,
-    mamba_head_dim=8, mamba_state_dim=16, mamba_num_groups=2, num_attention_heads=8, num_query_groups=2,
-    kv_channels=16, mamba_chunk_size=16,
-)  # fmt: skip
 CHOICES = {
     "hidden_size": [23], "num_layers": [4], "ffn_hidden_size": [50], "moe_ffn_hidden_size": [24],
     "moe_shared_expert_intermediate_size": [31], "num_moe_experts": [4], "mamba_num_heads": [2],
@@ -36,50 +31,13 @@ SPACE = ElasticSpace.build(PARENT, CHOICES, {"num_moe_experts": 4}, layer_order=
 SUBMODELS = {
     a: SubmodelSpec.of({**SPACE.full().to_dict(), a: widths[0]}) for a, widths in CHOICES.items()
 } | {"all": SPACE.smallest(), "parent": SPACE.full()}
-# Rounding alone reaches 7e-7 here; transformers' norms, router and scan are fp32 whatever the model's dtype
-TOLERANCE = 2e-6
-
-
-def _randomise(model: torch.nn.Module) -> None:
-    """Scaled-up weights, uneven norms, D and expert biases, all exact in fp32."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator).to(p)
-            if p.dim() >= 2:
-                p.mul_(4)
-            if "norm" in name or name.endswith(".D"):
-                p.add_(0.3 * noise)
-            p.copy_(p.float())
-        for name, b in model.named_buffers():
-            if name.endswith("expert_bias"):
-                b.copy_((0.3 * torch.randn(b.shape, generator=generator)).float())
-
-
-def _megatron(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits [batch, sequence, vocabulary] of a Megatron model."""
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    with torch.no_grad():
-        return model(tokens, positions, None)
-
-
-def _load(directory: Path, **kwargs: Any) -> Any:
-    """The model as a user loads it, with nothing set by hand, and what the loader complained about."""
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, output_loading_info=True, **kwargs
-    )
-    return model.eval(), {k: v for k, v in info.items() if v}
-
-
-def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((found.double() - wanted).norm() / wanted.norm()).item()
 
 
 @pytest.fixture(scope="module")
 def masked() -> Any:
     runtime.start(seed=1)
     model = build_elastic_model(SPACE, dtype=torch.float64)
-    _randomise(model)
+    randomise(model)
     return model
 
 
@@ -103,32 +61,32 @@ def family(masked: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_exported_is_masked(masked: Any, family: Path, name: str) -> None:
     # transformers' grouped GEMM needs rows of 16 bytes; 23 hidden channels have none
     odd = {"experts_implementation": "eager"} if SUBMODELS[name]["hidden_size"] == 23 else {}
-    exported, complaints = _load(family / "slices" / name, **odd)
+    exported, complaints = load(family / "slices" / name, **odd)
     assert not complaints
     for batch, length in ((1, 37), (3, 19)):  # both longer than a chunk of the scan
         tokens = torch.randint(0, 264, (batch, length), generator=torch.Generator().manual_seed(length))
         with running(masked, SubmodelMix.one_hot(SPACE, SUBMODELS[name], dtype=torch.float64)):
-            wanted = _megatron(masked, tokens)
+            wanted = megatron_logits(masked, tokens)
         with torch.no_grad():
-            assert _distance(exported(tokens, use_cache=False).logits, wanted) < TOLERANCE
+            assert distance(exported(tokens, use_cache=False).logits, wanted) < TOLERANCE
 
 
 def test_the_elastic_directory_loads_as_the_parent(family: Path) -> None:
     assert same(stored(family / "elastic"), stored(family / "slices/parent"))
-    assert not _load(family / "elastic")[1]
+    assert not load(family / "elastic")[1]
 
 
 def test_a_slice_generates_what_the_masked_parent_would(masked: Any, family: Path) -> None:
     name = "mamba_num_heads"
     tokenizer = load_tokenizer(family / "slices" / name)
-    exported, _ = _load(family / "slices" / name)
+    exported, _ = load(family / "slices" / name)
     prompt = tokenizer("Nested models", return_tensors="pt")["input_ids"]
     answer = exported.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, min_new_tokens=8,
                                do_sample=False)  # fmt: skip
     tokens = prompt
     with running(masked, SubmodelMix.one_hot(SPACE, SUBMODELS[name], dtype=torch.float64)):
         for _ in range(8):
-            tokens = torch.cat([tokens, _megatron(masked, tokens)[:, -1:].argmax(-1)], dim=1)
+            tokens = torch.cat([tokens, megatron_logits(masked, tokens)[:, -1:].argmax(-1)], dim=1)
     assert answer.tolist() == tokens.tolist()
     assert isinstance(tokenizer.decode(answer[0]), str)
 
@@ -143,13 +101,13 @@ def test_models_without_shared_experts_and_with_tied_ends(tmp_path: Path, tied: 
         tie_embeddings=tied,
     )
     model = build_model(shape, dtype=torch.float64)
-    _randomise(model)
+    randomise(model)
     write_hf(tmp_path / "m", Manifest(shape=shape), weights(model.state_dict()).items(), dtype=torch.float32)
-    exported, complaints = _load(tmp_path / "m")
+    exported, complaints = load(tmp_path / "m")
     assert all("shared_experts" in name for names in complaints.values() for name in names)
     tokens = torch.randint(0, 264, (2, 21), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        assert _distance(exported(tokens, use_cache=False).logits, _megatron(model, tokens)) < TOLERANCE
+        assert distance(exported(tokens, use_cache=False).logits, megatron_logits(model, tokens)) < TOLERANCE
     assert read_hf(tmp_path / "m").manifest.shape == shape
 
 
@@ -165,7 +123,7 @@ def test_a_directory_saved_by_transformers_is_imported_and_written_again(tmp_pat
     assert not model.load_state_dict(dict(opened.state()), strict=False).unexpected_keys
     tokens = torch.randint(0, 264, (2, 21))
     with torch.no_grad():
-        assert _distance(original(tokens, use_cache=False).logits, _megatron(model, tokens)) < TOLERANCE
+        assert distance(original(tokens, use_cache=False).logits, megatron_logits(model, tokens)) < TOLERANCE
     write_hf(tmp_path / "again", opened.manifest, weights(model.state_dict()).items(), dtype=torch.float32)
     assert same(stored(tmp_path / "again"), stored(tmp_path / "hub"))
     before, again = (read_config(tmp_path / name) for name in ("hub", "again"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,6 @@ def results(**changes: Any) -> dict[str, Any]:
            "user_seconds": 1.0, "system_seconds": 0.5, "page_faults": 7}  # fmt: skip
     rows = {name: TOOL["_summary"]([run, run | {"seconds": 3.0}], 3_000.0) for name in OPERATIONS}
     model = SYNTHETIC.describe(SYNTHETIC.tiny())
-    sweep = [{"model": model, "operations": rows} for _ in range(4)]
     return {
         "machine": MACHINE.facts(ROOT),
         "versions": MACHINE.versions(),
@@ -78,7 +76,7 @@ def results(**changes: Any) -> dict[str, Any]:
         "model": model,
         "copy": {"rate": TOOL["_spread"]([3e9, 2e9]), "cpu_seconds_per_gb": TOOL["_spread"]([0.2])},
         "operations": rows,
-        "sweep": sweep,
+        "sweep": [{"model": model, "operations": rows}] * 4,
     } | changes
 
 
@@ -195,7 +193,7 @@ def test_the_submodels_of_a_part_keep_their_proportions(shape: ParentShape) -> N
 
 
 def test_an_operation_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """Bytes are those of the files, each counted once; rehearsal and outputs of the process leave nothing behind."""
+    """Bytes are those of the files, each counted once; the rehearsal leaves nothing behind."""
     SYNTHETIC.write(tmp_path / "hf", SYNTHETIC.tiny())
     run = TOOL["_run"]("slice_two", tmp_path / "hf", tmp_path / "out", tmp_path, None)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["12b", "23b"]
@@ -223,7 +221,6 @@ def test_the_scratch_folder_goes_away_when_interrupted(tmp_path: Path) -> None:
 
 def test_a_rate_is_bytes_read_and_written_in_rates_of_cp() -> None:
     row = results()["operations"]["slice"]
-    assert (row["read"], row["written"]) == (4_000, 2_000)
     assert row["rate"] == {"median": 2_500.0, "min": 2_000.0, "max": 3_000.0}
     assert row["ratio"] == pytest.approx({"median": 5 / 6, "min": 2 / 3, "max": 1.0})
 
@@ -274,9 +271,8 @@ def test_the_tool_writes_the_tables_between_the_markers(tmp_path: Path) -> None:
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     TABLES.write(results(), page)
     text = page.read_text()
-    assert text.startswith(f"before\n{BEGIN}\n{MACHINE.facts(ROOT)['cpu']}, ") and text.endswith(
-        f" |\n{END}\nafter\n"
-    )
+    assert text.startswith(f"before\n{BEGIN}\n{MACHINE.facts(ROOT)['cpu']}, ")
+    assert text.endswith(f" |\n{END}\nafter\n")
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     first = [line.split(" | ")[0].removeprefix("| ") for line in lines]
     titles = [operation.title for operation in OPERATIONS.values()]
@@ -298,9 +294,7 @@ def test_a_disk_that_is_too_small_is_named() -> None:
     assert "give another --dir" in (MACHINE.check_space(ROOT, 10**18) or "")
 
 
-def test_an_operation_without_target_is_information_only() -> None:
-    assert {name for name, operation in OPERATIONS.items() if operation.target is None} == {
-        "import_verify",
-        "export_verify",
-    }
-    assert all(replace(o, target=0.7) == o for n, o in OPERATIONS.items() if n.startswith("slice"))
+def test_verification_is_information_only_and_slices_have_the_higher_target() -> None:
+    targets = {name: operation.target for name, operation in OPERATIONS.items()}
+    assert {name for name, target in targets.items() if target is None} == {"import_verify", "export_verify"}
+    assert {name for name, target in targets.items() if target == 0.7} == {"slice", "slice_two"}
