@@ -45,7 +45,8 @@ def megatron_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 def load(directory: Path, **kwargs: Any) -> Any:
     """The model as a user loads it, with nothing set by hand, and what the loader complained about."""
-    model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **kwargs)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **kwargs)
+    model, info = loaded
     return model.eval(), {k: v for k, v in info.items() if v}
 
 

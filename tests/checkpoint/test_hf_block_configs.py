@@ -49,9 +49,12 @@ def test_layers_built_by_their_own_configs_compute_the_masked_parent(
     write_hf(tmp_path / "m", manifest, state, submodel="uneven", dtype=torch.float32, verify=True)
 
     config = transformers.AutoConfig.from_pretrained(tmp_path / "m", trust_remote_code=True)
-    own = config.get_nemotron_h_config_for_layer
     block = modeling.NemotronHBlock
-    monkeypatch.setattr(modeling, "NemotronHBlock", lambda _, layer_idx: block(own(layer_idx), layer_idx))
+
+    def own(config: Any, layer_idx: int) -> Any:
+        return block(config.get_nemotron_h_config_for_layer(layer_idx), layer_idx)
+
+    monkeypatch.setattr(modeling, "NemotronHBlock", own)
     config.model_type = "nemotron_h"  # by which transformers finds how to read the weights
     loaded, info = modeling.NemotronHForCausalLM.from_pretrained(
         tmp_path / "m", config=config, output_loading_info=True
