@@ -1,4 +1,4 @@
-"""Bytes of files, read straight into tensors.
+"""Bytes of files, from and to tensors.
 
 Mapped files would be shorter, but their pages count as memory of the process: a conversion of 60 GB would look, and
 under a memory limit behave, as if it held 60 GB.
@@ -34,12 +34,46 @@ def begin_writing(descriptor: int, start: int, size: int) -> None:
         os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
 
 
+class OpenFiles:
+    """Any number of files by name, a bounded number of them open; for several threads at once."""
+
+    def __init__(self, flags: int) -> None:
+        self._flags = flags | os.O_CLOEXEC
+        self._open: OrderedDict[Path, OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, path: Path) -> OpenFile:
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = OpenFile(path, self._flags)
+            self._open.move_to_end(path)
+            if len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)
+            return self._open[path]
+
+    def forget(self, path: Path) -> None:
+        """The file will not be needed again."""
+        with self._lock:
+            self._open.pop(path, None)
+
+
+class OpenFile:
+    """A file descriptor, closed once the last thread lets go of this object."""
+
+    def __init__(self, path: Path, flags: int) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, flags)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
 class RawFiles:
-    """Reads from any number of files, a bounded number of them open; for several threads at once."""
+    """Reads from any number of files, for several threads at once."""
 
     def __init__(self) -> None:
-        self._open: OrderedDict[Path, _File] = OrderedDict()
-        self._lock = threading.Lock()
+        self._files = OpenFiles(os.O_RDONLY)
 
     def read(self, file: Path, offset: int, out: Tensor) -> None:
         """Fill ``out``, contiguous and on the CPU, with the bytes from ``offset``.
@@ -48,7 +82,7 @@ class RawFiles:
         """
         buffer = as_bytes(out)
         try:
-            opened = self._file(file)
+            opened = self._files.get(file)
             while buffer:
                 n = os.preadv(opened.descriptor, [buffer], offset)
                 if n == 0:
@@ -56,25 +90,6 @@ class RawFiles:
                 buffer, offset = buffer[n:], offset + n
         except OSError as e:
             raise UserError(f"{file} cannot be read ({e.strerror}); {REMEDY}") from None
-
-    def _file(self, path: Path) -> _File:
-        with self._lock:
-            if path not in self._open:
-                self._open[path] = _File(path)
-            self._open.move_to_end(path)
-            if len(self._open) > _OPEN_FILES:
-                self._open.popitem(last=False)  # closed once the last thread that reads from it lets go of it
-            return self._open[path]
-
-
-class _File:
-    def __init__(self, path: Path) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
 
 
 REMEDY = "copy it again, or restore it from a backup"

@@ -80,13 +80,11 @@ def to_hf(
     with write_errors(requests[0].directory.parent), ExitStack() as stack:
         folders = [stack.enter_context(_folder(p.request.directory)) for p in plans]
         sinks = [HFSink(folder, plan, max_shard_bytes) for folder, plan in zip(folders, plans, strict=True)]
-        for sink in sinks:
-            stack.callback(sink.shards.abort)
         models = [plan.model for plan in plans]
         with nullcontext() if trust else _digests_compared(source.path):
             read = copy(source, models, sinks, progress)
         for folder, plan, sink in zip(folders, plans, sinks, strict=True):
-            sink.shards.close()
+            sink.shards.check()
             _complete(folder, plan, source.side_files)
         if verify:
             copy(source, models, [_written(f, p) for f, p in zip(folders, plans, strict=True)], progress)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..checkpoint.hf_read import INDEX, SINGLE
-from ..checkpoint.raw import as_bytes, begin_writing
+from ..checkpoint.raw import OpenFiles, as_bytes, begin_writing
 from ..checkpoint.safetensors_files import DTYPES
 from ..checkpoint.stored import Entry
 
@@ -26,7 +26,6 @@ class _Shard:
     """A file being written; ``missing`` counts the rows that have not come yet."""
 
     file: Path
-    descriptor: int
     missing: int
 
 
@@ -46,15 +45,12 @@ class SafetensorsShards:
         self._entries, self._lock = entries, threading.Lock()
         self._place: dict[str, tuple[_Shard, int]] = {}
         self._shards: list[_Shard] = []
+        self._files = OpenFiles(os.O_WRONLY)
         groups = list(_groups(entries, max_bytes))
         names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
         names = names if len(groups) > 1 else [SINGLE]
-        try:
-            for name, group in zip(names, groups, strict=True):
-                self._begin(directory / name, {key: entries[key] for key in group})
-        except BaseException:
-            self.abort()
-            raise
+        for name, group in zip(names, groups, strict=True):
+            self._begin(directory / name, {key: entries[key] for key in group})
         if len(groups) > 1:
             where = {key: name for name, group in zip(names, groups, strict=True) for key in group}
             index = {"metadata": {"total_size": sum(map(nbytes, entries.values()))}, "weight_map": where}
@@ -67,27 +63,22 @@ class SafetensorsShards:
         shard, offset = self._place[key]
         buffer = as_bytes(rows)
         offset += start * prod(entry.shape[1:]) * entry.dtype.itemsize
+        opened = self._files.get(shard.file)
         while buffer:
-            n = os.pwrite(shard.descriptor, buffer, offset)
-            begin_writing(shard.descriptor, offset, n)
+            n = os.pwrite(opened.descriptor, buffer, offset)
+            begin_writing(opened.descriptor, offset, n)
             buffer, offset = buffer[n:], offset + n
         with self._lock:
             shard.missing -= len(rows)
             done = shard.missing == 0
         if done:
-            os.fsync(shard.descriptor)
-            self._close(shard)
+            os.fsync(opened.descriptor)
+            self._files.forget(shard.file)
 
-    def close(self) -> None:
-        """Check that every row has come."""
+    def check(self) -> None:
+        """Every row must have come."""
         incomplete = [shard.file.name for shard in self._shards if shard.missing]
-        self.abort()
         assert not incomplete, f"{incomplete[0]} lacks rows"
-
-    def abort(self) -> None:
-        """Close the files as they are."""
-        for shard in self._shards:
-            self._close(shard)
 
     def _begin(self, file: Path, entries: Mapping[str, Entry]) -> None:
         # like the library: by falling item size, so that every tensor is aligned to its own
@@ -102,18 +93,12 @@ class SafetensorsShards:
             }  # fmt: skip
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        shard = _Shard(file, descriptor, sum(entry.shape[0] for entry in entries.values()))
+        with open(file, "xb") as f:
+            f.write(len(text).to_bytes(8, "little") + text)
+            f.truncate(8 + len(text) + end)
+        shard = _Shard(file, sum(entry.shape[0] for entry in entries.values()))
         self._shards.append(shard)
-        os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
-        os.ftruncate(descriptor, 8 + len(text) + end)
         self._place |= {key: (shard, 8 + len(text) + offset) for key, offset in offsets.items()}
-
-    def _close(self, shard: _Shard) -> None:
-        with self._lock:
-            descriptor, shard.descriptor = shard.descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
 
 
 def nbytes(entry: Entry) -> int:

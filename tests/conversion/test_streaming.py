@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from elastic_megatron.checkpoint import raw
 from elastic_megatron.checkpoint.hf_read import read_hf
 from elastic_megatron.checkpoint.manifest import Manifest
 from elastic_megatron.checkpoint.slice import permute_state, slice_state
@@ -208,6 +209,29 @@ def test_memory_is_a_tile_for_each_thread(tmp_path: Path) -> None:
     with tiles(400, 0):
         to_hf(source, [Request(tmp_path / n, n) for n in FAMILY])
     assert most <= copy.threads() + 1
+
+
+def test_few_files_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be more shards than a process may have files open."""
+    alive: list[int] = [0, 0]
+
+    class Counted(raw.OpenFile):
+        def __init__(self, path: Path, flags: int) -> None:
+            super().__init__(path, flags)
+            alive[0] += 1
+            alive[1] = max(alive)
+
+        def __del__(self) -> None:
+            super().__del__()
+            alive[0] -= 1
+
+    monkeypatch.setattr(raw, "OpenFile", Counted)
+    monkeypatch.setattr(raw, "_OPEN_FILES", 3)
+    state = random_state(parent())
+    write_hf(tmp_path / "m", manifest(), state.items(), max_shard_bytes=500)
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 30
+    assert same(dict(read_hf(tmp_path / "m").state()), state)
+    assert 3 < alive[1] <= 3 + copy.threads() + 1
 
 
 def test_slicing_commutes_with_export(tmp_path: Path) -> None:
