@@ -58,6 +58,22 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "broken config": (lambda d: (d / "config.json").write_text("{"), r"config\.json is no valid JSON"),
     "list config": (lambda d: (d / "config.json").write_text("[]"), r"holds a list, not an object"),
     "other model": (_config(model_type="llama"), r"model_type is 'llama'; only 'nemotron_h'"),
+    "unknown layer symbol": (
+        _config(hybrid_override_pattern="MEM*EGM"),
+        r"config\.json: hybrid_layer_pattern 'MEM\*EGM' has unknown layer symbols 'G'",
+    ),
+    "unknown layer type": (
+        _config(layers_block_type=["mamba", "moe", "mamba", "attention", "moe", "gated_delta", "mamba"]),
+        r"config\.json: layers_block_type has unknown layer types gated_delta; known are mamba,",
+    ),
+    "whole numbers": (
+        _tensors(lambda t: t.update({"backbone.norm_f.weight": torch.ones(16, dtype=torch.int8)})),
+        r"'backbone\.norm_f\.weight' has dtype int8; give the directory with the BF16, FP16 or FP32 weights",
+    ),
+    "quantised in silence": (
+        _tensors(lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)})),
+        r"'lm_head\.weight' has dtype float8_e4m3fn; give the directory",
+    ),
     "latent experts": (_config(moe_latent_size=8), r"moe_latent_size=8"),
     "other activation": (_config(mlp_hidden_act="silu"), r"mlp_hidden_act='silu'"),
     "two patterns": (
