@@ -246,10 +246,10 @@ def _named(root: Path) -> Path | None:
     text = (root / TRACKER).read_text(errors="replace").strip()
     named = folder(root, int(text)) if text.isdecimal() else root / "release"
     known = text.isdecimal() or text == "release"
-    if known and (named / BACKEND).exists():
-        return None if (named / FILE).exists() else named
     if any((p / FILE).exists() for p in root.glob("*iter_*")):
         return None  # a root of ours, about which ``tracker`` knows more
+    if known and (named / BACKEND).exists():
+        return named
     if not known:
         raise UserError(
             f"{root / TRACKER} says {text[:40]!r}; write the number of an iteration, or 'release'"

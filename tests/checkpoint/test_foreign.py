@@ -422,7 +422,7 @@ def test_nothing_runs_when_arguments_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "config.json cannot be read"),
+        (None, "config.json is missing"),
         ("{", "config.json is no valid JSON"),
         ("[]", "config.json holds a list, not an object"),
         (json.dumps({"model_type": "llama"}), "model_type is 'llama'"),

@@ -254,7 +254,7 @@ def test_trained_families_show_their_widths(
     ("arguments", "message"),
     [
         (["none.yaml"], "none.yaml"),
-        (["."], "config.json cannot be read"),
+        (["."], "config.json is missing"),
         ([".", "seed=1"], "overrides belong to recipes"),
         (["small.yaml", "space.choices.hidden_size=[65]"], "nearest legal"),
         (["small.yaml", "--context", "0"], "--context 0"),
