@@ -1,51 +1,106 @@
 # syntax=docker/dockerfile:1
-# elastic_megatron on a GPU: the package and Mamba's kernels on top of NVIDIA's PyTorch image.
+# elastic_megatron on a GPU: NVIDIA's PyTorch image, the kernels that are compiled against it, and this package.
 #
-#     docker build --build-arg PYTORCH_TAG=<tag> -t elastic-megatron .
+#     docker build -t elastic-megatron .
 #
-# NOT BUILT YET: no step of this file was run, for want of a container engine. What was checked without one is
-# the Python of the second RUN (it prints every run-time dependency but torch). Take a tag whose image has Python
-# 3.12 and a torch near the 2.13 of pyproject.toml; the first RUN stops the build where it does not.
-ARG PYTORCH_TAG
+# NEVER BUILT: there was no container engine. tests/docs/test_dockerfile.py parses and lints this file and runs its
+# Python as far as that goes without the image. docs/install_gpu.md names the sources.
+#
+# 26.06-py3 is what Megatron-Core 0.19.0 tests itself on, with this causal-conv1d and a mamba-ssm of six commits later.
+# Others report in it Python 3.12.3, torch 2.13.0a0, CUDA 13.3, Transformer Engine 2.16.0 and numpy 2.1.0. Not known:
+# whether all of it together trains. The first RUN stops where Python or torch do not fit.
+ARG PYTORCH_TAG=26.06-py3
 FROM nvcr.io/nvidia/pytorch:${PYTORCH_TAG}
 
-# The image constrains every pip call through PIP_CONSTRAINT. Its pins of torch and of what is compiled against
-# torch must hold; its other pins would refuse newer pure Python packages. So: our own constraints instead.
-ENV PIP_CONSTRAINT=
-RUN python - <<'PY'
+ARG PYTORCH_TAG
+LABEL org.opencontainers.image.title="elastic-megatron" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.base.name="nvcr.io/nvidia/pytorch:${PYTORCH_TAG}"
+
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+WORKDIR /opt/elastic_megatron
+COPY pyproject.toml uv.lock ./
+
+# The image pins every package through PIP_CONSTRAINT. What is compiled against torch must stay as it is; the other
+# pins would refuse newer pure Python packages. Hence constraints of our own, for this build and for every later pip.
+RUN python - <<'PY' > /opt/constraints.txt
 import sys
-from importlib.metadata import version
-from pathlib import Path
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+
+import transformer_engine.pytorch  # the image's own: where this fails, the image is a wrong one
+
+HELD = ("torch", "torchvision", "triton", "pytorch-triton", "transformer-engine", "flash-attn", "numpy")
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+ours = next(line.partition("==")[2] for line in project["dependencies"] if line.startswith("torch=="))
+
+
+def release(text):
+    return tuple(map(int, text.split(".")[:2]))
+
 
 assert sys.version_info[:2] == (3, 12), f"megatron-core needs Python 3.12, the image has {sys.version}"
-import torch
-import transformer_engine.pytorch  # the image's own: an import error here means a wrong image
-
-held = ("torch", "transformer-engine", "numpy")
-Path("/opt/constraints.txt").write_text("".join(f"{name}=={version(name)}\n" for name in held))
-print(torch.__version__, torch.version.cuda)
+assert release(version("torch")) >= release(ours), f"torch {ours} is needed, the image has {version('torch')}"
+for name in HELD:
+    try:
+        print(f"{name}=={version(name)}")
+    except PackageNotFoundError:
+        print(f"the image has no {name}", file=sys.stderr)
 PY
+ENV PIP_CONSTRAINT=/opt/constraints.txt
 
-WORKDIR /opt/elastic_megatron
-COPY pyproject.toml ./
-RUN python - <<'PY' > /opt/requirements.txt && pip install --no-cache-dir -c /opt/constraints.txt -r /opt/requirements.txt
-import re
+# The dependencies of pyproject.toml, with ModelOpt: what the image has and pyproject.toml accepts stays, the rest comes
+# in the versions of uv.lock.
+RUN python - <<'PY' > /opt/requirements.txt
 import tomllib
+from importlib.metadata import PackageNotFoundError, version
 
-for line in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]:
-    if re.match(r"[\w-]+", line)[0] != "torch":
-        print(line)
+from packaging.requirements import Requirement
+
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+locked = {p["name"]: p["version"] for p in tomllib.load(open("uv.lock", "rb"))["package"]}
+
+
+def accepted(wanted):
+    try:
+        return wanted.name == "torch" or wanted.specifier.contains(version(wanted.name), prereleases=True)
+    except PackageNotFoundError:
+        return False
+
+
+for wanted in map(Requirement, project["dependencies"] + project["optional-dependencies"]["quantize"]):
+    if not accepted(wanted):
+        print(f"{wanted.name}=={locked[wanted.name]}")
 PY
+RUN pip install --no-cache-dir -r /opt/requirements.txt
 
-# Compiled against the image's torch (no build isolation) instead of fetched as a wheel for another one.
-ARG MAX_JOBS=8
-RUN CAUSAL_CONV1D_FORCE_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE MAX_JOBS=${MAX_JOBS} \
-    pip install --no-cache-dir --no-build-isolation -c /opt/constraints.txt "causal-conv1d~=1.5" mamba-ssm
+# Compiled against the image's torch (no build isolation, FORCE_BUILD) instead of fetched as wheels for another one.
+# --no-deps: what else mamba-ssm requires (tilelang, quack-kernels, apache-tvm-ffi) serves Mamba-3, which is not used.
+ARG JOBS=8
+ARG CAUSAL_CONV1D_VERSION=1.6.2.post1
+ARG MAMBA_SSM_VERSION=2.3.2.post1
+RUN CAUSAL_CONV1D_FORCE_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE MAX_JOBS=${JOBS} \
+    pip install --no-cache-dir --no-build-isolation --no-deps \
+        "causal-conv1d==${CAUSAL_CONV1D_VERSION}" "mamba-ssm==${MAMBA_SSM_VERSION}"
 
-# --no-deps: pyproject.toml pins torch's public release, and the image's build of it must stay.
+# Apex has no releases on the package index and is not compiled here. A site that has a wheel of it for this image gives
+# its address; without one weight gradients are accumulated in steps of their own, and Transformer Engine has the Adam.
+ARG APEX_WHEEL=
+RUN if [[ -n "${APEX_WHEEL}" ]]; then pip install --no-cache-dir --no-deps "${APEX_WHEEL}"; fi
+
+# --no-deps: pyproject.toml pins torch's public release, and the image's build of it must stay. The files are made
+# readable for everybody: under pyxis and apptainer it is not root who runs.
 COPY . .
-RUN pip install --no-cache-dir --no-deps . \
-    && python -c "import causal_conv1d, mamba_ssm, torch, transformer_engine.pytorch, elastic_megatron" \
-    && elastic-megatron plan recipes/nemotron3_nano_30b/plan.yaml
+RUN pip install --no-cache-dir --no-deps . && rm -rf build ./*.egg-info && chmod -R a+rX .
 
+# No ENTRYPOINT: the image's own prints a banner and runs the command, such as the `bash -c` of a job.
 WORKDIR /workspace
+RUN python - <<'PY'
+from elastic_megatron.runtime.kernels import KERNELS, look
+
+fine = {"found": True, "does not import": False}
+found = {kernel: look(kernel) for kernel in KERNELS}
+broken = {k.name: f for k, f in found.items() if not fine.get(f.state, k.distribution == "apex")}
+assert not broken, broken
+PY
+CMD ["elastic-megatron", "--check"]

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from . import __version__
-from .commands import convert, evaluate, plan, quickstart, rank, recipe, train
+from .commands import convert, evaluate, jobs, plan, quickstart, rank, recipe, submit, train
 from .data import cli as prepare_data
 from .errors import UserError
 from .report import cli as report
@@ -24,7 +24,7 @@ _REFUSALS = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
 }  # fmt: skip
 
-COMMANDS = (quickstart, plan, recipe, prepare_data, rank, train, convert, evaluate, report)
+COMMANDS = (quickstart, plan, recipe, prepare_data, rank, train, convert, evaluate, submit, jobs, report)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,12 +35,33 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+class _Check(argparse.Action):
+    """Like ``--version``: prints what ``runtime.kernels`` finds, and exits."""
+
+    def __call__(self, *_: object) -> NoReturn:
+        _quiet()
+        with _stdout_to_stderr():
+            try:
+                from .runtime import kernels
+            except (ImportError, OSError) as e:
+                raise SystemExit(f"error: torch does not import: {e}") from None
+            text = kernels.report()
+        print(text)
+        raise SystemExit(0)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line. Imports nothing heavy: ``--help`` and ``recipe`` work on a login node."""
     parser = _Parser(
         prog="elastic-megatron", description="Many nested model sizes from one Megatron checkpoint."
     )
     parser.add_argument("--version", action="version", version=f"elastic-megatron {__version__}")
+    parser.add_argument(
+        "--check",
+        action=_Check,
+        nargs=0,
+        help="print versions, GPUs and which optional kernels import, and exit",
+    )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(subparsers)

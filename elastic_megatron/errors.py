@@ -7,3 +7,7 @@ class UserError(ValueError):
     The message is one line saying what is wrong, where, and what to do; the command line prints it
     after ``error:`` and exits with status 2, without a traceback.
     """
+
+
+AGAIN = 75
+"""Exit status of a job that saved on SIGUSR1 and wants to be continued: EX_TEMPFAIL of <sysexits.h>."""

@@ -24,14 +24,17 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Train. After a signal the run is saved and the exit status is 128 + its number."""
+    """Train. After a signal the run is saved and the exit status is ``training.signals.exit_status``."""
     from ..recipe import load
-    from ..training.train import train
+    from ..training.signals import exit_status, leaving_at_once
 
-    recipe = load(args.recipe, args.overrides)
-    outcome = train(recipe)
+    with leaving_at_once():
+        recipe = load(args.recipe, args.overrides)
+        from ..training.train import train
+
+        outcome = train(recipe)
     if outcome.interrupted is not None:
-        raise SystemExit(128 + outcome.interrupted)
+        raise SystemExit(exit_status(outcome.interrupted))
     if not outcome.main:
         return None
     if args.json:

@@ -38,6 +38,8 @@ class Batch(Protocol):
     def global_batch_size(self) -> int: ...
     @property
     def micro_batch_size(self) -> int: ...
+    @property
+    def draw_size(self) -> int: ...
 
 
 def size_of(parallel: Layout, group: str) -> int:
@@ -51,6 +53,16 @@ def smallest_world(parallel: Layout) -> int:
     """Ranks of the smallest job that this layout fits: whole model replicas and whole expert groups."""
     replica = parallel.tensor * parallel.context
     return parallel.pipeline * lcm(replica, size_of(parallel, "expert_tensor") * parallel.expert)
+
+
+def replicas_per_draw(parallel: Layout) -> int:
+    """Data-parallel ranks whose tokens meet in the same experts, so that they share a draw of widths.
+
+    A model replica is tensor x context consecutive ranks of a pipeline stage, an expert group expert_tensor x
+    expert of them; whatever overlaps belongs together.
+    """
+    replica = parallel.tensor * parallel.context
+    return lcm(replica, size_of(parallel, "expert_tensor") * parallel.expert) // replica
 
 
 def rank_grids(parallel: Layout) -> tuple[dict[str, int | None], dict[str, int | None]]:

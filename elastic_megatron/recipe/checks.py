@@ -8,6 +8,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 
+from elastic_megatron.recipe.deploy import Export, Quantize
 from elastic_megatron.recipe.elastic import Budgets, Space
 from elastic_megatron.recipe.model import Model
 from elastic_megatron.recipe.training import Loss, Parallel, Stage, Teacher
@@ -34,6 +35,24 @@ def _stage_budgets(stages: tuple[Stage, ...], budgets: Budgets) -> Iterator[Prob
             if name not in budgets:
                 hint = did_you_mean(name, budgets) or f"; budgets are {', '.join(budgets) or '(none)'}"
                 yield Problem(("stages", index, "budget_probs", name), f"unknown key {name!r}{hint}", True)
+
+
+def _stop_after(stop_after: str | None, stages: tuple[Stage, ...]) -> Iterator[Problem]:
+    names = [stage.name for stage in stages]
+    if stop_after is not None and stop_after not in names:
+        hint = did_you_mean(stop_after, names) or f"; stages are {', '.join(names) or '(none)'}"
+        yield Problem(("stop_after",), f"there is no stage {stop_after!r}{hint}")
+
+
+def _job_has_its_section(
+    job: str, model: Model, export: Export | None, quantize: Quantize | None
+) -> Iterator[Problem]:
+    if job == "export" and export is None:
+        yield Problem(("job",), "'export' needs a section export: what to write where")
+    if job == "export" and model.checkpoint is None:
+        yield Problem(("job",), "'export' needs model.checkpoint: the run to export")
+    if job == "quantize" and quantize is None:
+        yield Problem(("job",), "'quantize' needs a section quantize: the format")
 
 
 def _plain_training(
@@ -119,6 +138,8 @@ _CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     _budgets_need_choices,
     _stage_names,
     _stage_budgets,
+    _stop_after,
+    _job_has_its_section,
     _plain_training,
     _topk,
     _parallel_switches,

@@ -8,13 +8,18 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import yaml
 
-from elastic_megatron.recipe.types import Text
+from elastic_megatron.recipe.types import LARGEST, Text
 
-Scalar = str | int | float | bool | None
+
+class Unreadable:
+    """Stands for a value that `Reader` complained about, so that nobody else does."""
+
+
+Scalar = str | int | float | bool | Unreadable | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,10 @@ class Node:
 
     def locate(self, at: tuple[str | int, ...]) -> Mark:
         """The mark of the node at this path, or of the deepest section of the path that was written."""
+        return self.deepest(at).mark
+
+    def deepest(self, at: tuple[str | int, ...]) -> "Node":
+        """The node at this path, or the deepest section of the path that was written."""
         node = self
         for part in at:
             match node.value, part:
@@ -55,7 +64,7 @@ class Node:
                     node = items[part]
                 case _:
                     break
-        return node.mark
+        return node
 
 
 _TAG = "tag:yaml.org,2002:"
@@ -100,18 +109,36 @@ def to_yaml(data: object) -> str:
 def _scalar(node: yaml.ScalarNode) -> Scalar:
     """The value of a scalar. Raises ValueError if the text does not fit the tag, or the tag is not plain YAML."""
     text: str = node.value
-    match node.tag.removeprefix(_TAG):
-        case "null":
-            return None
-        case "bool":
-            return {"true": True, "false": False}[text.lower()]
-        case "int":
-            return int(text, {"0x": 16, "0o": 8}.get(text[:2], 10))
-        case "float":
-            return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-        case "str":
-            return text
-    raise ValueError(f"tag {node.tag!r} is not allowed here")
+    kind = node.tag.removeprefix(_TAG)
+    if kind not in _READ:
+        raise ValueError(f"not valid YAML: tag {node.tag!r} is not allowed here")
+    try:
+        value = _READ[kind](text)
+    except (ValueError, KeyError):
+        raise ValueError(f"not valid YAML: {_short(text)} is no {kind}") from None
+    if kind == "int" and abs(value) >= LARGEST:
+        raise ValueError(f"{_short(text)} is too large; whole numbers lie below 2**63")
+    if kind == "str" and re.search(r"[\x00\ud800-\udfff]", text):
+        raise ValueError(f"{_short(text)} holds a character that no text has")
+    return value
+
+
+def _integer(text: str) -> int:
+    """A number so long that Python would not print it is as good as the first one that is too large."""
+    return int(text, {"0x": 16, "0o": 8}.get(text[:2], 10)) if len(text) < 100 else LARGEST
+
+
+_READ: dict[str, Callable[[str], Any]] = {
+    "null": lambda text: None,
+    "bool": lambda text: {"true": True, "false": False}[text.lower()],
+    "int": _integer,
+    "float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
+    "str": lambda text: text,
+}
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) < 40 else f"{text[:30]}...")
 
 
 class Reader:
@@ -127,11 +154,18 @@ class Reader:
 
     def read(self, text: str) -> Node | None:
         """The tree of `text` (an empty text is null), or None after a syntax error."""
+        start = Mark(self._where(1, 1), self._base)
         try:
             root = _Loader(text).get_single_node()
+            return Node(None, start) if root is None else self._node(root, start)
+        except RecursionError:
+            self._problems.append(f"{start.where}: lists and mappings are nested too deeply")
+            return None
         except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            where = self._where(mark.line + 1, mark.column + 1) if mark else self._where(1, 1)
+            # A key without its colon is complained about where the next line begins.
+            key = error.context == "while scanning a simple key"
+            mark = error.context_mark if key else error.problem_mark or error.context_mark
+            where = self._where(mark.line + 1, mark.column + 1) if mark else start.where
             self._problems.append(f"{where}: not valid YAML: {error.problem or error.context}")
             return None
         except yaml.reader.ReaderError as error:
@@ -139,8 +173,6 @@ class Reader:
             where = self._where(before.count("\n") + 1, len(before) - before.rfind("\n"))
             self._problems.append(f"{where}: not valid YAML: {chr(error.character)!r} is not allowed")
             return None
-        start = Mark(self._where(1, 1), self._base)
-        return Node(None, start) if root is None else self._node(root, start)
 
     def _mark(self, node: yaml.Node) -> Mark:
         return Mark(self._where(node.start_mark.line + 1, node.start_mark.column + 1), self._base)
@@ -148,7 +180,7 @@ class Reader:
     def _node(self, node: yaml.Node, mark: Mark) -> Node:
         if any(node is parent for parent in self._open):
             self._problems.append(f"{mark.where}: an alias may not contain itself")
-            return Node(None, mark)
+            return Node(Unreadable(), mark)
         self._open.append(node)
         try:
             if isinstance(node, yaml.MappingNode):
@@ -157,9 +189,9 @@ class Reader:
                 return Node([self._node(item, self._mark(item)) for item in node.value], mark)
             assert isinstance(node, yaml.ScalarNode)
             return Node(_scalar(node), mark)
-        except (ValueError, KeyError) as error:
-            self._problems.append(f"{mark.where}: not valid YAML: {error}")
-            return Node(None, mark)
+        except ValueError as error:
+            self._problems.append(f"{mark.where}: {error}")
+            return Node(Unreadable(), mark)
         finally:
             self._open.pop()
 
@@ -172,6 +204,9 @@ class Reader:
                 continue
             # The text itself: a budget may be called 12 or on.
             key: str = key_node.value
+            if key == "<<":
+                self._problems.append(f"{mark.where}: '<<' does not merge; write the keys out, or use extends")
+                continue
             if key in entries:
                 self._problems.append(
                     f"{mark.where}: key {key!r} is given twice (first at {entries[key].mark.where})"

@@ -1,7 +1,7 @@
 """What makes a run elastic: the search space, the budgets, the ranking and the budget router."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -68,6 +68,8 @@ class Space(Section):
 
 class BudgetBase(Section):
     """What every budget has."""
+
+    discriminator: ClassVar[str] = "metric"
 
     target: PositiveFloat = Field(description="The size that the submodel should have, in `unit`.")
     unit: Literal["ratio", "absolute"] = Field(

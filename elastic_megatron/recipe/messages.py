@@ -9,7 +9,6 @@ from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
 from elastic_megatron.recipe.document import Node
-from elastic_megatron.recipe.schema import Recipe
 from elastic_megatron.recipe.types import Problem, Problems, did_you_mean, show_path
 
 Place = tuple[str | int, ...]
@@ -26,13 +25,13 @@ def lines(problems: list[Problem], root: Node) -> list[str]:
     return shown
 
 
-def problems_of(error: ValidationError) -> list[Problem]:
-    """Everything that pydantic found, with paths as the user wrote them."""
-    return [problem for detail in error.errors() for problem in _problems(detail)]
+def problems_of(error: ValidationError, root: type[BaseModel]) -> list[Problem]:
+    """Everything that pydantic found in a document of type `root`, with paths as the user wrote them."""
+    return [problem for detail in error.errors() for problem in _problems(detail, root)]
 
 
-def _problems(detail: ErrorDetails) -> Iterator[Problem]:
-    at, _ = _follow(detail["loc"])
+def _problems(detail: ErrorDetails, root: type[BaseModel]) -> Iterator[Problem]:
+    at, _ = _follow(detail["loc"], root)
     context: dict[str, Any] = detail.get("ctx", {})
     key = at[-1] if at else ""
     match detail["type"]:
@@ -44,10 +43,10 @@ def _problems(detail: ErrorDetails) -> Iterator[Problem]:
         case "missing":
             yield Problem(at[:-1], f"is too short: item {key} is missing")
         case "extra_forbidden":
-            _, section = _follow(detail["loc"][:-1])
-            yield Problem(at, _unknown_key(str(key), list(section.model_fields)), of_parent=True)
+            _, section = _follow(detail["loc"][:-1], root)
+            yield Problem(at, _unknown_key(str(key), list(section.model_fields), root), of_parent=True)
         case "literal_error" if detail["loc"][-1] == "[key]":
-            yield Problem(at, _unknown_key(str(key), _quoted(context["expected"])), of_parent=True)
+            yield Problem(at, _unknown_key(str(key), _quoted(context["expected"]), root), of_parent=True)
         case "union_tag_not_found" if isinstance(detail["input"], dict):
             name = context["discriminator"].strip("'")
             yield Problem((*at, name), f"required key {name!r} is missing", of_parent=True)
@@ -100,10 +99,10 @@ def _quoted(text: str) -> list[str]:
     return re.findall(r"'([^']*)'", text)
 
 
-def _unknown_key(key: str, known: list[str]) -> str:
+def _unknown_key(key: str, known: list[str], root: type[BaseModel]) -> str:
     """Why `key` is not accepted: a likely slip, the sections that do have it, or else what is accepted."""
     hint = did_you_mean(key, known)
-    homes = sorted(_homes(Recipe, key, ""))
+    homes = sorted(_homes(root, key, ""))
     if homes:
         others = ", ".join(homes[:-1])
         hint += f"; {key!r} belongs to {others + ' or ' if others else ''}{homes[-1]}"
@@ -126,13 +125,13 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
-def _follow(location: tuple[str | int, ...]) -> tuple[Place, Any]:
-    """The path of keys that a pydantic location means, and the type found there.
+def _follow(location: tuple[str | int, ...], root: type[BaseModel]) -> tuple[Place, Any]:
+    """The path of keys that a pydantic location in a `root` means, and the type found there.
 
     pydantic adds the tag of a union's member and a `[key]` marker, neither of which the user wrote.
     """
     at: list[str | int] = []
-    kind: Any = Recipe
+    kind: Any = root
     for part in location:
         if part == "[key]":
             break
@@ -158,10 +157,10 @@ def _is_tagged(kind: Any) -> bool:
 
 
 def _tags(member: Any) -> tuple[object, ...]:
-    """The tags by which a union knows a member: its `Tag`, or the values of its discriminating field."""
+    """The tags by which a union knows a member: its `Tag`, or the values of the field that its class names."""
     if get_origin(member) is Annotated:
         return tuple(extra.tag for extra in get_args(member)[1:] if isinstance(extra, Tag))
-    return get_args(member.model_fields["metric"].annotation)
+    return get_args(member.model_fields[member.discriminator].annotation)
 
 
 def _child(kind: Any, part: str | int) -> Any:

@@ -4,14 +4,21 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from elastic_megatron.recipe.document import Mark, Node, Reader
+from elastic_megatron.recipe.document import Mark, Node, Reader, Unreadable
+from elastic_megatron.recipe.types import expand
 
 
 @dataclass
 class Sources:
-    """Reads and merges the sources of one recipe; whatever is wrong with them is added to `problems`."""
+    """Reads and merges the sources of one document; whatever is wrong with them is added to `problems`.
+
+    `kind` is what messages call it: a recipe, a chain, a cluster file. Where a file that it extends cannot be
+    used, what can be read is returned all the same, and `complete` is false: keys may be missing.
+    """
 
     problems: list[str] = field(default_factory=list)
+    kind: str = "recipe"
+    complete: bool = True
 
     def file(self, shown: str, chain: tuple[tuple[Path, str], ...] = (), asked_at: str = "") -> Node | None:
         """The mapping in a file, merged over those that it extends; None if it cannot be used.
@@ -19,7 +26,7 @@ class Sources:
         `shown` is the path as the user would type it, `chain` the files that led here, `asked_at` a
         prefix for complaints about the file as a whole: the place that named it.
         """
-        identity = Path(shown).resolve()
+        identity = Path(os.path.realpath(shown))
         if identity in [seen for seen, _ in chain]:
             names = " -> ".join([name for _, name in chain] + [shown])
             self.problems.append(f"{asked_at}extends goes round in a circle: {names}")
@@ -33,7 +40,7 @@ class Sources:
             return None
         if not isinstance(node.value, dict):
             found = "it is empty" if node.value is None else f"it holds a {_kind(node)}"
-            self.problems.append(f"{node.mark.where}: a recipe is a mapping of keys to values, but {found}")
+            self.problems.append(f"{node.mark.where}: a {self.kind} is a mapping of keys to values, but {found}")
             return None
         return self._extended(shown, node, (*chain, (identity, shown)))
 
@@ -48,34 +55,43 @@ class Sources:
             self.problems.append(f"{asked_at}{shown}: is not UTF-8 text (byte {error.start})")
         return None
 
-    def _extended(self, shown: str, node: Node, chain: tuple[tuple[Path, str], ...]) -> Node | None:
+    def _extended(self, shown: str, node: Node, chain: tuple[tuple[Path, str], ...]) -> Node:
         assert isinstance(node.value, dict)
         own = {key: child for key, child in node.value.items() if key != "extends"}
         merged: Node | None = None
-        complete = True
-        for parent in self._parents(node.value.get("extends")):
+        for parent, mark in self._parents(node.value.get("extends")):
             # The path as written stays the path shown, so that a reader can open it.
-            path = os.path.normpath(os.path.join(os.path.dirname(shown), str(parent.value)))
-            read = self.file(path, chain, f"{parent.mark.where}: extends: ")
-            complete = complete and read is not None
+            path = os.path.normpath(os.path.join(os.path.dirname(shown), os.path.expanduser(parent)))
+            read = self.file(path, chain, f"{mark.where}: extends: ")
+            self.complete = self.complete and read is not None
             if read is not None:
                 merged = read if merged is None else merge(merged, read)
-        if not complete:
-            return None
         return Node(own, node.mark) if merged is None else merge(merged, Node(own, node.mark))
 
-    def _parents(self, extends: Node | None) -> list[Node]:
+    def _parents(self, extends: Node | None) -> list[tuple[str, Mark]]:
+        """The files that a file extends, each with the place that names it."""
         if extends is None:
             return []
         items = extends.value if isinstance(extends.value, list) else [extends]
         if any(not isinstance(item.value, str) or not item.value for item in items):
             self.problems.append(f"{extends.mark.where}: extends: must be a path or a list of paths")
+            self.complete = False
             return []
-        return items
+        parents = []
+        for item in items:
+            try:
+                parents.append((expand(str(item.value)), item.mark))
+            except ValueError as error:
+                self.problems.append(f"{item.mark.where}: extends: {error}")
+                self.complete = False
+        return parents
 
-    def override(self, root: Node, text: str) -> Node:
-        """`root` with one `key.key=value` of the command line applied; the value is YAML."""
-        mark = Mark(f"command line `{' '.join(text.split())}`", Path.cwd())
+    def override(self, root: Node, text: str, prefix: str = "") -> Node:
+        """`root` with one `key.key=value` of the command line applied; the value is YAML.
+
+        `prefix` is what the user wrote before it, to say which document is meant.
+        """
+        mark = Mark(f"command line `{prefix}{' '.join(text.split())}`", Path.cwd())
         dotted, equals, value_text = text.partition("=")
         keys = dotted.strip().split(".")
         if not equals or not all(keys):
@@ -121,7 +137,7 @@ def _assign(node: Node, keys: list[str], depth: int, value: Node) -> Node:
             return Node([*items[:index], changed, *items[index + 1 :]], node.mark)
         case dict() as entries:
             pass
-        case None:
+        case None | Unreadable():
             entries = {}
         case _:
             raise LookupError(f"{path} is a {_kind(node)}, so it has no {key!r} inside")

@@ -19,6 +19,10 @@ else:
     Axis = Literal[*AXIS_NAMES]
 
 
+# Whole numbers lie below, in files too: those that are larger are slips, and not every library takes them.
+LARGEST = 2**63
+
+
 class Section(BaseModel):
     """Base of every part of a recipe: immutable, and a key it does not know is an error."""
 
@@ -40,17 +44,85 @@ class Text(str):
         return text
 
 
+def shown_value(value: object) -> str:
+    """A value as the user wrote it, more or less; only the kind of a list or mapping, which may be long."""
+    match value:
+        case dict():
+            return "a mapping"
+        case list() | tuple():
+            return "a list"
+        case None | bool():
+            return {None: "null", True: "true", False: "false"}[value]
+        case str():
+            return repr(str(value))
+        case _:
+            return repr(value)
+
+
+def expand(text: str) -> str:
+    """`text` with every `${NAME}` replaced by that variable of the environment.
+
+    Raises ValueError for one that is not set, for one that holds a secret by its name, for other spellings, and for
+    characters that would break a line of a job script.
+    """
+
+    def lookup(match: re.Match[str]) -> str:
+        if not (name := match[1]):
+            raise ValueError(f"{text!r}: a variable of the environment is written ${{NAME}}")
+        if is_secret(name):
+            raise ValueError(f"${{{name}}} would be written out, and it looks like a secret")
+        if not (found := os.environ.get(name, "")):
+            raise ValueError(f"${{{name}}} is not set in the environment; set it, or write the value out")
+        return found
+
+    expanded = re.sub(r"\$(?:\{(\w+)\}|[A-Za-z_{(])", lookup, text)
+    if not expanded.strip() or re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", expanded):
+        raise ValueError(f"must be text on one line, got {expanded!r}")
+    return expanded
+
+
+def is_secret(variable: str) -> bool:
+    """Does the name of a variable say that nobody should read its value?"""
+    return bool(
+        re.search(r"(^|_)((API_?)?KEY|TOKEN|SECRETS?|PASSWORD|PASSWD|CREDENTIALS?)($|_)", variable.upper())
+    )
+
+
 def _absolute(value: object) -> object:
     """`value` as an absolute path: relative to its recipe file, else to the working directory."""
     if not isinstance(value, str | Path) or not str(value).strip():
-        raise ValueError("must be a path" if value is None else f"must be a path, got {value!r}")
+        raise ValueError("must be a path" if value is None else f"must be a path, got {shown_value(value)}")
     base = value.base if isinstance(value, Text) else Path.cwd()
-    return Path(os.path.abspath(base / os.path.expanduser(value)))
+    return Path(os.path.abspath(base / os.path.expanduser(expand(str(value)))))
+
+
+def _expanded(value: object) -> object:
+    """Text with its variables replaced; the rest is left to pydantic."""
+    if value == "":
+        raise ValueError("must not be empty; leave the key out for none")
+    return expand(value) if isinstance(value, str) else value
+
+
+def seconds(duration: str) -> int:
+    """Seconds of `HOURS:MINUTES:SECONDS` or `DAYS-HOURS:MINUTES:SECONDS`, as Slurm writes them."""
+    days, _, clock = duration.rpartition("-")
+    hours, minutes, rest = (int(part) for part in clock.split(":"))
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def _duration(value: object) -> str:
+    text = value if isinstance(value, str) else ""
+    if not re.fullmatch(r"([0-9]{1,3}-)?[0-9]{1,3}:[0-5][0-9]:[0-5][0-9]", text):
+        raise ValueError(f"must be a time such as 0:30:00 or 2-12:00:00, got {shown_value(value)}")
+    if not seconds(text):
+        raise ValueError("must be more than no time at all")
+    return str(text)
 
 
 def _integral(value: object) -> object:
     """Turn 100e9 into an int, since token counts read best that way; leave the rest to pydantic."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < LARGEST
+    return int(value) if isinstance(value, float) and whole else value
 
 
 def _name_pattern(punctuation: str) -> str:
@@ -68,7 +140,10 @@ def _name(pattern: str, allowed: str) -> Callable[[str], str]:
     return check
 
 
+# The two kinds of text in which `${NAME}` is looked up: paths, and what a site decides for each user.
 FilePath = Annotated[Path, BeforeValidator(_absolute)]
+EnvText = Annotated[str, BeforeValidator(_expanded), Field(min_length=1)]
+Duration = Annotated[str, BeforeValidator(_duration)]
 _NAME, _KEY = _name_pattern("_-."), _name_pattern("_-")
 Name = Annotated[str, AfterValidator(_name(_NAME, "_ - .")), Field(json_schema_extra={"pattern": _NAME})]
 # A name that is also a key: a dot would be read as a step of a `key.key=value` override.
@@ -117,6 +192,17 @@ def show_path(at: Iterable[str | int]) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`, did you mean 'small'?` if one of `known` is close to `word`, else nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
+    """`, did you mean 'small'?` if one of `known` is close to `word`, else nothing.
+
+    Closest first: the same but for case and punctuation; those that begin with it; few letters differ.
+    """
+
+    def plain(text: str) -> str:
+        return re.sub(r"[\W_]", "", text).lower()
+
+    names, wanted = {name: plain(name) for name in known}, plain(word)
+    near = [name for name, letters in names.items() if letters == wanted]
+    if not near and len(wanted) > 2:
+        near = [name for name, letters in names.items() if letters.startswith(wanted)][:2]
+    near = near or difflib.get_close_matches(word, list(names), n=1, cutoff=0.65)
+    return f", did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -27,7 +27,7 @@ from ..space import ElasticSpace
 from .datasets import check_tokens, dataset
 from .family import DTYPES, parent_source
 from .start import start_whole_stages
-from .train import versions
+from .train import check_not_quantized, versions
 
 # relative change of the logits that reordered sums may cause, by data type
 ROUNDING = {"fp32": 1e-4, "bf16": 5e-2}
@@ -124,6 +124,7 @@ def sort_by_importance(
 
 
 def _check(recipe: Recipe) -> None:
+    check_not_quantized(recipe)
     if not recipe.space.choices:
         raise UserError("the recipe has no space.choices, so there is nothing to rank; name the elastic axes")
     if "num_layers" in recipe.space.choices and not recipe.rank.depth:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import signal
 import time
 from dataclasses import dataclass, replace
@@ -13,14 +14,14 @@ import torch
 from torch import Tensor
 
 from .. import runtime
-from ..checkpoint import distributed, tracker
+from ..checkpoint import distributed, integrity, tracker
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.resolve import budgets, elastic_space
 from ..checkpoint.source import Source
 from ..errors import UserError
 from ..recipe import Recipe, dump
 from ..router.table import router_line
-from ..space import SubmodelSpec
+from ..space import ElasticSpace, SubmodelSpec
 from .batches import Batches, eval_windows
 from .build import Model, build_student, build_teacher
 from .curriculum import Curriculum, LearningRate
@@ -40,7 +41,8 @@ VERSIONED = ("torch", "megatron-core", "transformers", "elastic-megatron")
 class Outcome:
     """How a call of ``train`` ended: ``interrupted`` names the signal after which it saved and left.
 
-    ``main`` is true on the one rank that talks to people.
+    ``step`` of ``total_steps``, after which the recipe's job is complete. ``main`` is true on the one rank that
+    talks to people.
     """
 
     checkpoint: Path
@@ -51,35 +53,60 @@ class Outcome:
 
 
 def train(recipe: Recipe) -> Outcome:
-    """Run the recipe's stages, resuming from the newest checkpoint of its run folder.
+    """Run the recipe's stages up to ``last_step``, resuming from the newest checkpoint of its run folder.
 
-    Raises ``UserError`` for recipes that cannot run here; every other failure is a defect.
+    Nothing is done where that is complete already. Raises ``UserError`` for recipes that cannot run here; every
+    other failure is a defect.
     """
+    _check(recipe)
+    root, total = recipe.run_dir / "checkpoints", recipe.last_step
+    saved = tracker.newest(root)
+    if saved is not None and int((root / tracker.TRACKER).read_text()) >= total:
+        integrity.verify_sizes(saved)
+        return Outcome(root, total, total, None, os.environ.get("RANK", "0") == "0")
+    check_files(recipe)
+    source = parent_source(recipe)
+    space = elastic_space(recipe, source.manifest) if recipe.budgets else None
+    main = start(recipe, source.manifest.shape, space).rank == 0
+    # from here on ranks wait for each other, so that they must leave together
+    with StopSignal() as stop:
+        return _train(recipe, source, space, saved, stop, main)
+
+
+def _check(recipe: Recipe) -> None:
     if not recipe.stages:
         raise UserError("the recipe has no stages, so there is nothing to train; add stages:")
     if not recipe.data.train:
         raise UserError("the recipe has no data.train; add prefixes written by prepare-data")
-    check_files(recipe)
-    source = parent_source(recipe)
-    manifest, root = source.manifest, recipe.run_dir / "checkpoints"
-    space = elastic_space(recipe, manifest) if recipe.budgets else None
-    place = start(recipe, manifest.shape, space)
+    check_not_quantized(recipe)
+
+
+def check_not_quantized(recipe: Recipe) -> None:
+    """Raise ``UserError`` for a recipe with a ``quantize`` section."""
+    if recipe.quantize is not None:
+        raise UserError(
+            f"quantize: {recipe.quantize.format} layers can be described but not trained or ranked by this release; "
+            "remove the section (quantize=null)"
+        )
+
+
+def _train(
+    recipe: Recipe, source: Source, space: ElasticSpace | None, saved: Path | None, stop: StopSignal, main: bool
+) -> Outcome:
+    """Build, load and run, on ranks that have been joined."""
     model = build_student(recipe, source, space, build_teacher(recipe, source))
-    curriculum = Curriculum(recipe)
-    saved = tracker.newest(root)
     state = distributed.load(saved, model.chunks, optimizer=model.optimizer) if saved else {"step": 0}
-    first = int(state["step"])
-    manifest = replace(manifest, space=space, budgets=budgets(recipe), versions=versions())
-    main = place.rank == 0
+    first, curriculum = int(state["step"]), Curriculum(recipe)
+    manifest = replace(source.manifest, space=space, budgets=budgets(recipe), versions=versions())
     if main:
         recipe.run_dir.mkdir(parents=True, exist_ok=True)
         (recipe.run_dir / "recipe.yaml").write_text(dump(recipe))
     checkpoint = recipe.checkpoint
-    with StopSignal() as stop, RunLog(
-        recipe.run_dir, title=recipe.name, total=curriculum.total_steps, resumed_at=first,
+    with RunLog(
+        recipe.run_dir, title=recipe.name, total=recipe.last_step, resumed_at=first,
         interval=recipe.log.interval, tensorboard=recipe.log.tensorboard, active=main,
     ) as log, distributed.Saver(
-        root, keep_last=checkpoint.keep_last, async_save=checkpoint.async_save
+        recipe.run_dir / "checkpoints", keep_last=checkpoint.keep_last, async_save=checkpoint.async_save
     ) as saver:  # fmt: skip
         return _Run(recipe, curriculum, model, manifest, source, saver, log, stop).steps(first)
 
@@ -103,8 +130,10 @@ class _Run:
             chunk.config.finalize_model_grads_func = self._finalize
 
     def steps(self, first: int) -> Outcome:
-        total, saved = self.curriculum.total_steps, first
+        total = self.recipe.last_step
         rates = LearningRate(self.model.optimizer, self.recipe.optimizer, self.curriculum)
+        if self._asked_to_stop():
+            return self._interrupted(first, "stopped before the first step")
         for step in range(first, total):
             stopping = self._one_step(step, rates.set(step))
             self.saver.poll()
@@ -114,16 +143,22 @@ class _Run:
                 with self.model.gathered():
                     if saves:
                         self._save(done)
-                        saved = done
                     if done == total or _due(done, self.recipe.log.eval_interval):
                         self._report(done)
             if stopping and done < total:
-                received = self.stop.received or signal.SIGTERM
-                self.log.say(f"{received.name}: saved step {done}; run the same command to continue")
-                return Outcome(self.saver.directory, done, total, received, self.log.active)
-        if saved == 0:
-            raise UserError("the recipe's stages have no steps; raise stages[].tokens")
+                return self._interrupted(done, f"saved step {done}")
         return Outcome(self.saver.directory, total, total, None, self.log.active)
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank was, so that all leave together."""
+        asked = torch.tensor(float(self.stop.received is not None), device=self.device)
+        torch.distributed.all_reduce(asked)
+        return bool(asked)
+
+    def _interrupted(self, done: int, what: str) -> Outcome:
+        received = self.stop.received or signal.SIGTERM
+        self.log.say(f"{received.name}: {what}; run the same command to continue")
+        return Outcome(self.saver.directory, done, self.recipe.last_step, received, self.log.active)
 
     def _one_step(self, step: int, lr: float) -> bool:
         """One optimiser step; returns whether any rank was asked to stop, so that all stop together."""

@@ -1,0 +1,171 @@
+"""The cluster file: how jobs run on one machine, for every recipe. An experiment never repeats it."""
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+
+from elastic_megatron.recipe.gpus import GPUS, Gpu
+from elastic_megatron.recipe.slurm import SbatchFlags
+from elastic_megatron.recipe.types import (
+    Count,
+    Duration,
+    EnvText,
+    FilePath,
+    Name,
+    Positive,
+    PositiveFloat,
+    Problem,
+    Section,
+    Switch,
+    raise_any,
+)
+
+
+class OtherGpu(Section):
+    """A GPU that is not in the table."""
+
+    name: Name = Field(description="For messages.")
+    memory_gib: PositiveFloat = Field(description="Usable memory, GiB.")
+    bf16_tflops: PositiveFloat = Field(description="Peak dense BF16 rate, 1e12 operations a second.")
+
+
+def _gpu_kind(value: object) -> str:
+    return "name" if isinstance(value, str) else "sizes"
+
+
+GpuName = Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200", "b200", "gb200", "l40s"]
+GpuChoice = Annotated[
+    Annotated[GpuName, Tag("name")] | Annotated[OtherGpu, Tag("sizes")], Discriminator(_gpu_kind)
+]
+
+
+class NoContainer(Section):
+    """Jobs run on the node itself."""
+
+    discriminator: ClassVar[str] = "runtime"
+
+    runtime: Literal["none"] = Field(default="none", description="No container.")
+    bin: FilePath | None = Field(
+        default=None, description="Folder of elastic-megatron; default: the one that submits."
+    )
+
+
+class _Container(Section):
+    discriminator: ClassVar[str] = "runtime"
+
+    image: EnvText = Field(description="Image: a registry reference, or a file (.sqsh, .sif).")
+    mounts: tuple[FilePath, ...] = Field(
+        description="Folders to see inside, at the same paths: recipes, data, checkpoints, run folders."
+    )
+    arguments: tuple[str, ...] = Field(
+        default=(), description="Further arguments of the runtime (of srun, for pyxis), one an item."
+    )
+
+
+class Pyxis(_Container):
+    """NVIDIA's plug-in: srun starts tasks in a container."""
+
+    runtime: Literal["pyxis"] = Field(description="pyxis and enroot.")
+    mount_home: Switch = Field(default=False, description="See the home folder inside.")
+
+
+class Apptainer(_Container):
+    """`apptainer exec`, by every task."""
+
+    runtime: Literal["apptainer"] = Field(description="apptainer (singularity).")
+
+
+class Docker(_Container):
+    """`docker run`, by every task."""
+
+    runtime: Literal["docker"] = Field(description="docker; needs its daemon on every node.")
+
+
+ContainerChoice = Annotated[NoContainer | Pyxis | Apptainer | Docker, Field(discriminator="runtime")]
+
+
+def _variable(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError(f"{name!r} is no name of a variable; values are never written here, only names")
+    return name
+
+
+_SECRET = re.compile(r"\b(\w*(?:KEY|TOKEN|SECRET|PASSWORD)\w*)=\S", re.IGNORECASE)
+
+
+def _line(text: str) -> str:
+    if not text.strip() or not text.isprintable():
+        raise ValueError("must be one line of shell")
+    if found := _SECRET.search(text):
+        raise ValueError(
+            f"looks like a secret in plain sight; set {found[1]} where you submit, and name it in environment"
+        )
+    return str(text)
+
+
+Variable = Annotated[str, AfterValidator(_variable)]
+ShellLine = Annotated[str, AfterValidator(_line)]
+
+
+class Cluster(Section):
+    """How jobs run on one cluster."""
+
+    account: EnvText | None = Field(default=None, description="Account that is charged.")
+    partition: EnvText | None = Field(
+        default=None, description="Partition; default: the cluster's own default."
+    )
+    qos: EnvText | None = Field(default=None, description="Quality of service.")
+    time: Duration = Field(default="4:00:00", description="Time limit of jobs that name none.")
+    max_time: Duration | None = Field(
+        default=None, description="Longest time limit that the partition allows."
+    )
+    max_nodes: Positive | None = Field(default=None, description="Nodes of the largest job.")
+    gpus_per_node: Count = Field(
+        default=0, description="GPUs of a node; 0: jobs ask for none and run on the CPU."
+    )
+    gpu: GpuChoice | None = Field(
+        default=None,
+        description="The GPU: a known name, or its sizes. Memory and time are estimated with it.",
+    )
+    utilization: Annotated[PositiveFloat, Field(le=1)] = Field(
+        default=0.3, description="Share of the peak rate that training is assumed to reach in estimates."
+    )
+    container: ContainerChoice = Field(default=NoContainer(), description="What a task runs in.")
+    environment: tuple[Variable, ...] = Field(
+        default=(),
+        description="Names of variables that jobs inherit from where they are submitted, such as HF_TOKEN.",
+    )
+    setup: tuple[ShellLine, ...] = Field(
+        default=(),
+        description="Shell lines before a job starts its tasks: module load, export NCCL_DEBUG=WARN.",
+    )
+    launcher: Literal["srun", "torchrun"] = Field(
+        default="srun", description="srun: one task a rank; torchrun: one task a node that starts its ranks."
+    )
+    log_dir: FilePath | None = Field(
+        default=None, description="Folder for logs; default: in the run folder, which then links to it."
+    )
+    template: FilePath | None = Field(
+        default=None, description="Job script to fill in; default: the built-in one."
+    )
+    sbatch: SbatchFlags = Field(
+        default={}, description="Further flags of sbatch for every job, without dashes: {exclusive: true}."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        raise_any(self._problems())
+        return self
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.gpu is not None and not self.gpus_per_node:
+            yield Problem(("gpu",), "has no effect without gpus_per_node; set it to the GPUs of a node")
+
+    @property
+    def card(self) -> Gpu | None:
+        """Memory and rate of the GPU, where it is named."""
+        if isinstance(self.gpu, OtherGpu):
+            return Gpu(self.gpu.memory_gib, self.gpu.bf16_tflops)
+        return GPUS[self.gpu] if self.gpu is not None else None

@@ -1,0 +1,49 @@
+"""What becomes of a trained family: quantisation and export."""
+
+from collections.abc import Iterator
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from elastic_megatron.recipe.types import FilePath, Key, Positive, Problem, Section, Switch, raise_any
+
+
+class Quantize(Section):
+    """Low-precision weights and activations, calibrated on a few sequences."""
+
+    format: Literal["fp8", "nvfp4"] = Field(description="Format of the quantised layers.")
+    samples: Positive = Field(default=1024, description="Calibration sequences.")
+    seq_length: Positive = Field(default=8192, description="Tokens per calibration sequence.")
+    micro_batch_size: Positive = Field(default=1, description="Sequences per forward pass.")
+
+
+class Export(Section):
+    """Hugging Face directories of `model.checkpoint`."""
+
+    elastic: FilePath | None = Field(
+        default=None, description="Directory for the full model with elastic_config.json, to slice later."
+    )
+    slices: FilePath | None = Field(
+        default=None, description="Folder for one directory per submodel, called by its name."
+    )
+    submodels: tuple[Key, ...] = Field(default=(), description="Submodels to cut out into `slices`.")
+    dtype: Literal["fp32", "bf16"] | None = Field(
+        default=None, description="Data type of the weights; default: as stored."
+    )
+    plain_order: Switch = Field(default=False, description="Undo the lanes: plain prefixes, best first.")
+    verify: Switch = Field(
+        default=True, description="Read everything back and compare it with the checkpoint."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        raise_any(self._problems())
+        return self
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.elastic is None and self.slices is None:
+            yield Problem((), "needs elastic or slices: somewhere to write to")
+        if self.slices is not None and not self.submodels:
+            yield Problem(("slices",), "needs submodels: the names to cut out")
+        if self.submodels and self.slices is None:
+            yield Problem(("submodels",), "needs slices: the folder that their directories are written to")

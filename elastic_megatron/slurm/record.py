@@ -1,0 +1,121 @@
+"""What a chain's folder knows of its jobs: ``chain.json``, and the attempts that the jobs note themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..recipe import is_chain, load_jobs
+from ..recipe.load import load
+from .script import job_dir
+
+FILE = "chain.json"
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """A job of the chain: ids in the order they were submitted, what it waits for, how often it is queued at once."""
+
+    ids: tuple[int, ...]
+    after: tuple[str, ...]
+    links: int
+
+    @property
+    def last(self) -> int:
+        return self.ids[-1]
+
+
+@dataclass(frozen=True)
+class Record:
+    """``chain.json``: written when the chain is submitted, and extended when it is resumed."""
+
+    run_dir: Path
+    name: str
+    jobs: Mapping[str, JobRecord]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self) -> None:
+        jobs = {name: asdict(job) for name, job in self.jobs.items()}
+        text = json.dumps({"name": self.name, "jobs": jobs, **self.facts}, indent=1)
+        temporary = self.run_dir / f".{FILE}.incomplete"
+        temporary.write_text(text + "\n")
+        os.replace(temporary, self.run_dir / FILE)
+
+
+def read(run_dir: Path) -> Record | None:
+    """The record of a folder, ``None`` where no chain was submitted. Raises ``UserError`` for a damaged one."""
+    path = run_dir / FILE
+    if not path.exists():
+        return None
+    try:
+        data = json.loads(path.read_text())
+        jobs = {
+            name: JobRecord(tuple(map(int, job["ids"])), tuple(job["after"]), int(job["links"]))
+            for name, job in data.pop("jobs").items()
+        }
+        return Record(run_dir, str(data.pop("name")), jobs, data)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{path} is damaged; cancel by the job ids that squeue shows, remove it and submit again"
+        ) from None
+
+
+def find(target: Path) -> Record:
+    """The record meant by a run folder, a chain file or a recipe. Raises ``UserError`` where there is none."""
+    run_dir = (
+        target
+        if target.is_dir()
+        else (load_jobs(target).run_dir if is_chain(target) else load(target).run_dir)
+    )
+    if (record := read(run_dir)) is None:
+        raise UserError(
+            f"{run_dir} holds no submitted chain (no {FILE}); submit it first, or name its run folder"
+        )
+    return record
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a job, as its script noted it. ``exit`` is ``None`` while it runs, or where it was cut off."""
+
+    number: int
+    id: int
+    started: int
+    exit: int | None
+    ended: int | None
+    progress: str
+
+
+def attempts(run_dir: Path, name: str) -> list[Attempt]:
+    """All attempts of a job, oldest first; lines cut short by a crash are passed over."""
+    path = job_dir(run_dir, name) / "attempts"
+    found: dict[int, Attempt] = {}
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        words = line.split()
+        if len(words) < 5 or not all(word.isdecimal() for word in words[:3]):
+            continue
+        number, id, time = map(int, words[:3])
+        progress = words[5] if len(words) > 5 else ""
+        if words[3] == "start":
+            found[number] = Attempt(number, id, time, None, None, progress)
+        elif words[3] == "exit" and words[4].isdecimal() and number in found:
+            begun = found[number]
+            found[number] = Attempt(number, id, begun.started, int(words[4]), time, progress)
+    return [found[number] for number in sorted(found)]
+
+
+def done(run_dir: Path, name: str) -> bool:
+    """Did the job succeed?"""
+    return (job_dir(run_dir, name) / "done").exists()
+
+
+def failures(run_dir: Path, name: str) -> int:
+    """Failures in a row without a newer checkpoint."""
+    path = job_dir(run_dir, name) / "failures"
+    text = path.read_text().strip() if path.exists() else ""
+    return int(text) if text.isdecimal() else 0

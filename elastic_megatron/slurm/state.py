@@ -1,0 +1,143 @@
+"""How the jobs of a chain stand: the queue first, then what the jobs noted, then what Slurm still remembers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import AGAIN
+from ..recipe import Recipe, load
+from . import record, scheduler
+from .record import Attempt, JobRecord, Record
+from .scheduler import Queued
+from .script import job_dir
+
+_ENDS = {
+    "TIMEOUT": "out of time before it had saved; raise slurm.time or slurm.continuation.lead",
+    "OUT_OF_MEMORY": "out of the node's memory",
+    "NODE_FAIL": "a node failed",
+    "BOOT_FAIL": "a node did not start",
+    "DEADLINE": "past its deadline",
+    "PREEMPTED": "preempted",
+}
+
+
+@dataclass(frozen=True)
+class JobState:
+    """One job as ``status`` shows it.
+
+    ``state`` is one of done, running, waiting, stopping, failed, cancelled, unfinished, lost. ``step`` of ``steps``
+    and ``loss`` come from the metrics of a training job, and are ``None`` elsewhere.
+    """
+
+    name: str
+    state: str
+    detail: str
+    id: int
+    attempt: int
+    step: int | None
+    steps: int | None
+    loss: float | None
+    log: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def states(found: Record) -> list[JobState]:
+    """Every job of a chain, in order."""
+    live = scheduler.queue(i for job in found.jobs.values() for i in job.ids) if scheduler.available() else {}
+    return [_state(found, name, job, live) for name, job in found.jobs.items()]
+
+
+def _state(found: Record, name: str, job: JobRecord, live: Mapping[int, Queued]) -> JobState:
+    tries = record.attempts(found.run_dir, name)
+    queued = [live[i] for i in job.ids if i in live]
+    if record.done(found.run_dir, name):
+        state, detail = "done", ""
+    elif queued:
+        state, detail = _in_queue(found, job, queued, tries)
+    else:
+        state, detail = _ended(found, name, job, tries)
+    id = queued[0].id if queued else tries[-1].id if tries else job.last
+    log = job_dir(found.run_dir, name) / "logs" / "latest"
+    step, steps, loss = _progress(job_dir(found.run_dir, name) / "recipe.yaml")
+    shown = str(log) if log.exists() else None
+    return JobState(name, state, detail, id, len(tries), step, steps, loss, shown)
+
+
+def _in_queue(found: Record, job: JobRecord, queued: list[Queued], tries: list[Attempt]) -> tuple[str, str]:
+    running = [
+        q for q in queued if q.state in ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED")
+    ]
+    if running:
+        first = running[0]
+        return "stopping" if first.state == "COMPLETING" else "running", f"{first.elapsed} on {first.nodes}"
+    first = queued[0]
+    if first.reason == "Dependency":
+        needed = [n for n in job.after if not record.done(found.run_dir, n)]
+        return "waiting", f"for {', '.join(needed)}" if needed else "for the link before"
+    again = (
+        f"again, after exit {tries[-1].exit}; " if tries and tries[-1].exit else "again; " if tries else ""
+    )
+    start = f", start expected {first.start}" if first.start not in ("N/A", "") else ""
+    return "waiting", f"{again}{first.reason}{start}"
+
+
+def _ended(found: Record, name: str, job: JobRecord, tries: list[Attempt]) -> tuple[str, str]:
+    """Not in the queue and not done. What the job noted comes first: Slurm forgets."""
+    last = tries[-1] if tries else None
+    if last is not None and last.exit is not None:
+        count = record.failures(found.run_dir, name)
+        if last.exit in (128 + 15, 128 + 2):
+            return "cancelled", "saved; `resume` continues it"
+        if last.exit == AGAIN:
+            return "unfinished", "saved before its time was over; `resume` continues it"
+        times = f" for the {count}th time without a newer checkpoint" if count > 3 else ""
+        times = {2: " twice in a row", 3: " three times in a row"}.get(count, times)
+        return "failed", "bad input (exit 2)" if last.exit == 2 else f"exit {last.exit}{times}"
+    word = scheduler.last_state(last.id if last else job.last) if scheduler.available() else ""
+    if word == "CANCELLED" and last is None and job.after:
+        needed = [n for n in job.after if not record.done(found.run_dir, n)]
+        return "cancelled", f"since {', '.join(needed)} did not succeed" if needed else ""
+    if word == "CANCELLED":
+        return "cancelled", ""
+    if word in _ENDS:
+        return "failed", _ENDS[word]
+    return (
+        ("failed", word.lower())
+        if word
+        else ("lost", "no longer in the queue, and left no note; see its log")
+    )
+
+
+def _progress(recipe_file: Path) -> tuple[int | None, int | None, float | None]:
+    """(step, steps in all, loss) of a training job."""
+    if not recipe_file.exists():
+        return None, None, None
+    recipe: Recipe = load(recipe_file)
+    if recipe.job != "train":
+        return None, None, None
+    line = _last_step(recipe.run_dir / "metrics.jsonl")
+    step = min(int(line["step"]), recipe.last_step) if line else 0
+    return step, recipe.last_step, line.get("loss")
+
+
+def _last_step(metrics: Path) -> dict[str, Any]:
+    """The newest step line of a metrics file, read from its end: the file may be long."""
+    if not metrics.exists():
+        return {}
+    with metrics.open("rb") as f:
+        f.seek(max(0, os.fstat(f.fileno()).st_size - 65536))
+        for text in reversed(f.read().splitlines()):
+            try:
+                line = json.loads(text)
+            except ValueError:  # cut off, at either end
+                continue
+            if isinstance(line, dict) and "step" in line:
+                return line
+    return {}
