@@ -6,7 +6,7 @@ PY312 := $(shell (python3.12 -c 'import sys; print(sys.executable)' || ls -d $${
 PYTHON_ARG := $(if $(PY312),--python $(PY312))
 BIN := .venv/bin
 
-.PHONY: setup quickstart test bench lint types check lock clean
+.PHONY: setup quickstart test test-slurm bench lint types check lock clean
 setup: .venv/.ok
 
 .tools/bin/uv:
@@ -23,6 +23,10 @@ quickstart: setup
 # OMP_NUM_THREADS=1: threads that spin while other work runs cost far more than they bring
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+
+# against a real Slurm on this machine, with time limits and lost nodes; its daemons: tests/slurm/install.sh
+test-slurm: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/slurm -m slurm
 
 # a quarter of an hour on an idle machine; tools/benchmarks/README.md
 bench: setup

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UserError
+
 if TYPE_CHECKING:
     from ..conversion import Report
 
@@ -25,9 +27,19 @@ def add_parser(subparsers: Any) -> None:
     _common(parser)
     parser.set_defaults(handler=_import)
 
-    parser = subparsers.add_parser("export", help="Megatron checkpoint -> Hugging Face directory")
-    parser.add_argument("source", type=Path, metavar="CKPT", help="run folder, checkpoint or iter_* folder")
-    parser.add_argument("destination", type=Path, metavar="HF_DIR", help="must not exist yet, or be empty")
+    parser = subparsers.add_parser(
+        "export",
+        help="Megatron checkpoint -> Hugging Face directory",
+        usage="%(prog)s CKPT HF_DIR [options]\n       %(prog)s RECIPE [key=value ...] [--json]",
+    )
+    source = parser.add_argument(
+        "source", action=_Source, type=Path, metavar="CKPT | RECIPE",
+        help="run folder, checkpoint or iter_* folder; or a recipe (.yaml), whose section export says the rest",
+    )  # fmt: skip
+    source.destination = parser.add_argument(
+        "destination", nargs="+", metavar="HF_DIR | key=value",
+        help="directory to write, which must not exist yet, or be empty; or values that win over the recipe's",
+    )  # fmt: skip
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--submodel", metavar="NAME", help="export one submodel")
     what.add_argument(
@@ -90,11 +102,51 @@ def _import(args: argparse.Namespace) -> dict[str, Any] | None:
     return _done(args, report)
 
 
+class _Source(argparse.Action):
+    """A recipe says where to write to, and a checkpoint does not."""
+
+    destination: argparse.Action
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, *_: object) -> None:
+        namespace.source = values
+        if _is_recipe(values):
+            self.destination.required = False
+
+
+def _is_recipe(path: Path) -> bool:
+    return path.suffix in (".yaml", ".yml") and not path.is_dir()
+
+
 def _export(args: argparse.Namespace) -> dict[str, Any] | None:
     from ..conversion import Request
 
-    request = Request(args.destination, args.submodel, args.elastic, args.plain_order)
+    if _is_recipe(args.source):
+        return _export_recipe(args)
+    if len(args.destination) > 1:
+        raise UserError(f"{args.destination[1]!r} is too much: export CKPT HF_DIR writes one directory")
+    request = Request(Path(args.destination[0]), args.submodel, args.elastic, args.plain_order)
     return _write(args, [request], config=args.config, dtype=args.dtype)
+
+
+def _export_recipe(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Write the directories that are missing; one JSON object or text says which were there."""
+    from ..recipe import load
+    from .export_recipe import export
+
+    given = ("submodel", "elastic", "config", "dtype", "verify", "plain_order")
+    if flags := [name for name in given if getattr(args, name)]:
+        raise UserError(
+            f"--{flags[0].replace('_', '-')} is for checkpoints; in a recipe write it into export"
+        )
+    recipe = load(args.source, args.destination or ())
+    done = export(
+        recipe, max_shard_bytes=args.max_shard_size, trust=args.trust_source, progress=_Progress("export")
+    )
+    if args.json:
+        return done.report.to_dict() | {"kept": [str(path) for path in done.kept]}
+    for path in done.kept:
+        print(f"{path} is there already")
+    return _done(args, done.report) if done.report.written else None
 
 
 def _slice(args: argparse.Namespace) -> dict[str, Any] | None:

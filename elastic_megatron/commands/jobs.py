@@ -26,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
     _parser(
         subparsers,
         "status",
-        "how the jobs of a chain stand; exit 1 once one of them has failed",
+        "how the jobs of a chain stand",
         _status,
         json=True,
     )
@@ -88,8 +88,6 @@ def _status(args: argparse.Namespace) -> dict[str, Any] | None:
             "jobs": {s.name: s.to_dict() for s in found},
         }
     _show(record, found)
-    if any(s.state in ("failed", "lost") for s in found):
-        raise SystemExit(1)
     return None
 
 
@@ -113,7 +111,7 @@ def _show(record: Record, found: list[JobState]) -> None:
             progress += f", loss {s.loss:.4f}"
         state = f"[{_COLOURS[s.state]}]{s.state}[/]"
         table.add_row(escape(s.name), str(s.id), state, str(s.attempt or ""), progress, escape(s.detail))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)  # in a pipe nothing needs to wrap
     console.print(table)
     failed = next((s for s in found if s.state in ("failed", "lost")), None)
     if failed is not None:

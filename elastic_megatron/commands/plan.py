@@ -1,4 +1,4 @@
-"""``elastic-megatron plan RECIPE|HF_DIR``: what a family costs and whether its layout fits."""
+"""``elastic-megatron plan RECIPE|CHAIN|HF_DIR``: what a family costs, whether its layout fits, what its jobs take."""
 
 from __future__ import annotations
 
@@ -12,27 +12,37 @@ from ..errors import UserError
 
 if TYPE_CHECKING:
     from ..checkpoint.manifest import Manifest
-    from ..recipe import Recipe
-    from ..recipe.training import Parallel, Stage
-    from ..space import Budget, ElasticSpace, SubmodelSpec
+    from ..cost.rank_memory import Load
+    from ..cost.setting import Setting
+    from ..preflight.family import Families
+    from ..recipe import JobChain, PlannedJob
+    from ..space import Budget, ElasticSpace, ParentShape, SubmodelSpec
 
+CONTEXTS = (8192, 49152, 262144)
 _DESCRIPTION = """Parameters, FLOPs, weights per format and caches of a model and its submodels, whether the
-parallel layout fits, and an estimate of the memory per rank. Needs no weights, no GPU and no torch.
+parallel layout fits, an estimate of the memory per rank, and for each job its tokens, GPU-hours and disk. Needs no
+weights, no GPU and no torch.
 
-RECIPE is a YAML file. HF_DIR is a directory with a config.json (or that file); where it has an
+RECIPE and CHAIN are YAML files. HF_DIR is a directory with a config.json (or that file); where it has an
 elastic_config.json too, its submodels are listed. A recipe's submodels are the router's to choose, so before
-training the smallest and the full one are shown instead."""
+training the smallest and the full one are shown instead. Of a chain the last job that trains a family is shown.
+
+With --json, `jobs` holds per job: job, ranks, steps, tokens, flops, gpu_hours and hours (null unless the cluster
+file names a GPU), slurm_jobs (how often the time limit is reached), memory_per_rank, memory_limit (bytes of the GPU),
+checkpoint_bytes (one), disk_bytes (all that are there at a time) and problems of its layout."""
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "plan",
-        help="sizes, memory and layout of a recipe or model, without its weights",
+        help="sizes, memory, layout and GPU-hours of a recipe, chain or model, without its weights",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", type=Path, metavar="RECIPE|HF_DIR", help="YAML file or model directory")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the recipe's")
+    parser.add_argument(
+        "source", type=Path, metavar="RECIPE|CHAIN|HF_DIR", help="YAML file or model directory"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the files'")
     parser.add_argument(
         "--context", type=int, default=8192, metavar="N", help="tokens of a sequence for FLOPs and caches"
     )
@@ -58,34 +68,30 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
-class Load:
-    """What one rank computes at a time: a stage's micro-batch in training, otherwise a forward pass."""
-
-    name: str
-    seq_length: int
-    micro_batch_size: int
-    training: bool
-    teacher: bool
-
-
-@dataclass(frozen=True)
 class Subject:
-    """What is planned: a model, its family, and how it is to run."""
+    """What is planned: a model, its family, and the jobs that it is to run in.
+
+    ``load`` is the most that a rank computes at a time, and ``load_name`` what that is; ``jobs`` has a chain of one job
+    for a recipe, ``None`` for a model directory.
+    """
 
     name: str
     manifest: Manifest
     space: ElasticSpace | None
     budgets: tuple[Budget, ...]
-    parallel: Parallel
-    stages: tuple[Stage, ...]
+    setting: Setting
     load: Load
-    dtype: str
+    load_name: str
     context: int
+    jobs: tuple[JobChain, Families] | None = None
 
     @property
     def trained(self) -> bool:
         """Are the submodels chosen, so that their widths are known?"""
-        return self.space is not None and self.space == self.manifest.space and bool(self.manifest.submodels)
+        known = bool(self.manifest.submodels) and all(
+            spec.widths for spec in self.manifest.submodels.values()
+        )
+        return self.space is not None and self.space == self.manifest.space and known
 
     @property
     def submodels(self) -> Mapping[str, SubmodelSpec]:
@@ -96,92 +102,119 @@ class Subject:
             return self.manifest.submodels
         return {"full": self.space.full(), "smallest": self.space.smallest()}
 
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """Lengths of the sequences whose caches are shown."""
+        return tuple(sorted({self.context, *CONTEXTS}))
+
 
 def read(source: Path, overrides: Sequence[str], context: int) -> Subject:
-    """A recipe, or a Hugging Face directory or ``config.json``. Raises ``UserError`` for a bad one."""
+    """A recipe or chain, or a Hugging Face directory or ``config.json``. Raises ``UserError`` for a bad one."""
     from ..checkpoint.resolve import CONFIG, hf_manifest
-    from ..recipe import load
-    from ..recipe.training import Parallel
+    from ..cost.rank_memory import Load
+    from ..cost.setting import LayoutSizes, Setting
 
     if source.name != CONFIG and not source.is_dir():
-        return _of_recipe(load(source, overrides), context)
+        from .plan_jobs import chain_of
+
+        return _of_chain(chain_of(source, overrides), context)
     if overrides:
         raise UserError(
             f"{overrides[0]!r}: overrides belong to recipes, and {source} is a model; leave them out"
         )
     manifest = hf_manifest(source)
     folder = source.parent if source.name == CONFIG else source
-    forward = Load("forward pass", context, 1, training=False, teacher=False)
+    setting = Setting(manifest.shape, manifest.space, LayoutSizes(1, False, 1, None, 1, None, 1, None))
+    forward = Load(context, 1, training=False)
     return Subject(
         folder.resolve().name,
         manifest,
         manifest.space,
         manifest.budgets,
-        Parallel(),
-        (),
+        setting,
         forward,
-        "bf16",
+        "forward pass",
         context,
     )
 
 
-def _of_recipe(recipe: Recipe, context: int) -> Subject:
-    from ..checkpoint.resolve import budgets, elastic_space, parent_manifest
+def _of_chain(chain: JobChain, context: int) -> Subject:
+    from ..checkpoint.resolve import budgets, elastic_space
+    from ..preflight.family import Families
+    from .plan_jobs import fullest_load, setting_of
 
-    manifest = parent_manifest(recipe)
-    if recipe.stages:
-        stage = max(recipe.stages, key=lambda s: s.seq_length * s.micro_batch_size)
-        teacher = recipe.loss.kind != "cross_entropy"
-        load = Load(f"stage {stage.name}", stage.seq_length, stage.micro_batch_size, True, teacher)
-    else:
-        load = Load("rank", recipe.rank.seq_length, recipe.rank.micro_batch_size, False, False)
+    families, job = Families(chain), _main(chain)
+    parent = families.of(job).parent
+    load_name, load = fullest_load(chain, job, families.of(job))
     return Subject(
-        recipe.name,
-        manifest,
-        elastic_space(recipe, manifest),
-        budgets(recipe) or manifest.budgets,
-        recipe.parallel,
-        recipe.stages,
+        job.recipe.name if len(chain.jobs) == 1 else chain.name,
+        parent,
+        elastic_space(job.recipe, parent) if job.recipe.job != "export" else parent.space,
+        budgets(job.recipe) or parent.budgets,
+        setting_of(job, families.of(job)),
         load,
-        recipe.model.dtype,
+        load_name,
         context,
+        (chain, families),
     )
+
+
+def _main(chain: JobChain) -> PlannedJob:
+    """The last job that trains a family, else that trains at all, else the last."""
+    training = [job for job in chain.jobs if job.recipe.job == "train"]
+    elastic = [job for job in training if job.recipe.budgets]
+    return (elastic or training or list(chain.jobs))[-1]
 
 
 def plan(subject: Subject) -> dict[str, Any]:
     """The object that ``--json`` prints: parameters, FLOPs of one token, bytes; seconds for latency."""
-    from ..cost import account
-
     shape, space = subject.manifest.shape, subject.space
-    parent = account(shape, context_length=subject.context).to_dict()
+    parent = _cost(subject, shape)
     submodels: dict[str, dict[str, Any]] = {
-        name: account(space, spec, subject.context).to_dict() | {"widths": spec.to_dict()}
+        name: _cost(subject, space, spec) | {"widths": spec.to_dict()}
         for name, spec in subject.submodels.items()
         if space is not None
     }
     separate = {f: sum(s["weights_bytes"][f] for s in submodels.values()) for f in parent["weights_bytes"]}
     layout = _layout(subject)
-    return {
+    out = {
         "parent": parent,
         "submodels": submodels,
         "budgets": {b.name: _budget(subject, b) for b in subject.budgets},
         "family_bytes": {**parent["weights_bytes"], "separate": separate},
         "layout": layout,
         "memory_per_rank": _memory(subject) if layout["layers_per_stage"] else None,
+        "jobs": {},
     }
+    if subject.jobs is not None:
+        from .plan_jobs import jobs_of
+
+        out["jobs"] = jobs_of(*subject.jobs)
+    return out
+
+
+def _cost(
+    subject: Subject, of: ElasticSpace | ParentShape, spec: SubmodelSpec | None = None
+) -> dict[str, Any]:
+    """``account``, with the caches of several lengths: tokens (as text) -> bytes of one sequence."""
+    from ..cost import account, sizes_of_parent, sizes_of_spec
+    from ..cost.memory import cache_bytes
+    from ..space import ElasticSpace
+
+    model = sizes_of_spec(of, spec or of.full()) if isinstance(of, ElasticSpace) else sizes_of_parent(of)
+    caches = {str(tokens): cache_bytes(model, tokens) for tokens in subject.contexts}
+    return account(of, spec, subject.context).to_dict() | {"cache_bytes": caches}
 
 
 def _layout(subject: Subject) -> dict[str, Any]:
     """Problems of the layout; group -> ranks, of dense and of expert parameters (``data`` is null where the world
     is unknown); layers of each pipeline stage, chunk by chunk, empty where there are too few."""
-    from ..cost.layout import check_layout, check_sequence
+    from ..cost.layout import check_setting
     from ..cost.parallel import rank_grids
     from ..space import stage_layers
 
-    shape, parallel = subject.manifest.shape, subject.parallel
-    problems = check_layout(shape, subject.space, parallel, subject.stages)
-    if not subject.stages:
-        problems += check_sequence(parallel, subject.load.name, subject.load.seq_length)
+    shape, parallel = subject.manifest.shape, subject.setting.parallel
+    problems = check_setting(subject.setting)
     dense, experts = rank_grids(parallel)
     parts = parallel.pipeline * (parallel.virtual_pipeline or 1)
     sizes = [len(part) for part in stage_layers(shape.num_layers, parts)] if parts <= shape.num_layers else []
@@ -197,20 +230,9 @@ def _layout(subject: Subject) -> dict[str, Any]:
 
 
 def _memory(subject: Subject) -> dict[str, int]:
-    from ..cost.layout import memory_per_rank
+    from ..cost.rank_memory import memory_per_rank
 
-    load, parallel = subject.load, subject.parallel
-    return memory_per_rank(
-        subject.manifest.shape,
-        parallel,
-        dtype=subject.dtype,
-        training=load.training,
-        seq_length=load.seq_length,
-        micro_batch_size=load.micro_batch_size,
-        teacher=load.teacher,
-        recompute=parallel.recompute == "full",
-        distributed_optimizer=parallel.distributed_optimizer,
-    )
+    return memory_per_rank(subject.manifest.shape, subject.setting.parallel, subject.load)
 
 
 def _budget(subject: Subject, budget: Budget) -> dict[str, Any]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ..report import format as say
+from .plan_format import empty_table, in_bytes, tokens
 
 if TYPE_CHECKING:
     from .plan import Subject
@@ -27,6 +27,7 @@ def show(subject: Subject, plan: dict[str, Any]) -> None:
     """Print the tables of a plan to stdout."""
     console = Console()
     console.print(_size_table(subject, plan))
+    console.print(_cache_table(subject, plan))
     if subject.space is not None:
         console.print(_width_table(subject))
         console.print(_family_line(subject, plan), highlight=False, soft_wrap=True)
@@ -34,42 +35,48 @@ def show(subject: Subject, plan: dict[str, Any]) -> None:
         console.print(_budget_table(plan))
         for line in _unreachable(plan):
             console.print(f"[yellow]{escape(line)}", highlight=False, soft_wrap=True)
-    if plan["memory_per_rank"] is not None:
+    if subject.jobs is not None:
+        from .plan_job_tables import show_jobs
+
+        show_jobs(console, subject.jobs[0].cluster, plan["jobs"])
+    if plan["memory_per_rank"] and not any(job["memory_per_rank"] for job in plan["jobs"].values()):
         console.print(_memory_table(subject, plan))
     for line in _layout_lines(plan["layout"]):
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _table(title: str, first: str, headings: list[str]) -> Table:
-    table = Table(
-        title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
-    )
-    table.caption_justify = "left"
-    table.add_column(first, style="bold", no_wrap=True)
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
-
-
 def _size_table(subject: Subject, plan: dict[str, Any]) -> Table:
-    shape = subject.manifest.shape
+    shape, parent = subject.manifest.shape, plan["parent"]
     kinds = [f"{len(shape.layers_of(s))} {name}" for s, name in say.LAYER_NAMES.items() if shape.layers_of(s)]
     title = f"{subject.name}: {shape.num_layers} layers ({', '.join(kinds)})"
-    headings = ["params", "active", "FLOPs", "BF16", "FP8", "NVFP4", "cache"]
-    table = _table(title, "size", headings)
-    table.caption = f"FLOPs of one token and cache of one sequence, at {subject.context:,} tokens"
-    rows = (
-        plan["submodels"] if "full" in plan["submodels"] else {"parent": plan["parent"], **plan["submodels"]}
+    table = empty_table(title, "size", ["params", "active", "GFLOPs", "BF16", "FP8", "NVFP4"])
+    table.caption = (
+        f"{parent['total_params']:,} parameters, {parent['active_params']:,} active; GFLOPs of one token in a "
+        f"sequence of {subject.context:,}"
     )
-    for name, cost in rows.items():
+    for name, cost in _rows(plan).items():
         table.add_row(
             escape(name),
             say.count(cost["total_params"]),
             say.count(cost["active_params"]),
-            say.count(cost["flops_per_token"]),
-            *(say.size(cost["weights_bytes"][f]) for f in ("bf16", "fp8", "nvfp4")),
-            say.size(cost["cache_bytes_per_sequence"]),
+            say.significant(cost["flops_per_token"] / 1e9),
+            *(in_bytes(cost["weights_bytes"][f]) for f in ("bf16", "fp8", "nvfp4")),
         )
+    return table
+
+
+def _rows(plan: dict[str, Any]) -> dict[str, Any]:
+    """The sizes of a family; the parent by its own name where none of them is the whole."""
+    return (
+        plan["submodels"] if "full" in plan["submodels"] else {"parent": plan["parent"], **plan["submodels"]}
+    )
+
+
+def _cache_table(subject: Subject, plan: dict[str, Any]) -> Table:
+    table = empty_table("KV cache and SSM state", "size", [tokens(n) for n in subject.contexts])
+    table.caption = "of one sequence, by its tokens"
+    for name, cost in _rows(plan).items():
+        table.add_row(escape(name), *(in_bytes(cost["cache_bytes"][str(n)]) for n in subject.contexts))
     return table
 
 
@@ -78,7 +85,7 @@ def _width_table(subject: Subject) -> Table:
     space = subject.space
     assert space is not None
     names = list(subject.submodels) if subject.trained else []
-    table = _table("widths", "axis", [escape(n) for n in names] or ["choices", "lanes"])
+    table = empty_table("widths", "axis", [escape(n) for n in names] or ["choices", "lanes"])
     for axis in space.axes:
         title = say.axis_title(axis) + (" (per layer)" if axis in space.per_layer else "")
         if names:
@@ -93,13 +100,13 @@ def _family_line(subject: Subject, plan: dict[str, Any]) -> str:
     family = plan["family_bytes"]
     which = "all of them" if subject.trained else "full and smallest"
     return (
-        f"one nested checkpoint: {say.size(family['bf16'])} in BF16; as separate files, {which} would take "
-        f"{say.size(family['separate']['bf16'])}\n"
+        f"one nested checkpoint: {in_bytes(family['bf16'])} in BF16; as separate files, {which} would take "
+        f"{in_bytes(family['separate']['bf16'])}\n"
     )
 
 
 def _budget_table(plan: dict[str, Any]) -> Table:
-    table = _table("budgets", "budget", ["metric", "target", "of full", "range of the family", ""])
+    table = empty_table("budgets", "budget", ["metric", "target", "of full", "range of the family", ""])
     for name, b in plan["budgets"].items():
         table.add_row(
             escape(name),
@@ -116,7 +123,7 @@ def _amount(budget: dict[str, Any], key: str) -> str:
     value = budget[key]
     if budget["metric"] == "latency":
         return f"{say.significant(value * 1e3)} ms"
-    return say.size(value) if budget["metric"] == "memory_bytes" else say.count(value)
+    return in_bytes(value) if budget["metric"] == "memory_bytes" else say.count(value)
 
 
 def _unreachable(plan: dict[str, Any]) -> list[str]:
@@ -132,12 +139,10 @@ def _unreachable(plan: dict[str, Any]) -> list[str]:
 
 
 def _memory_table(subject: Subject, plan: dict[str, Any]) -> Table:
-    load, parallel, memory = subject.load, subject.parallel, plan["memory_per_rank"]
-    ranks = f"{parallel.world_size:,} ranks" if parallel.world_size else "each rank"
-    title = f"memory per rank, estimated: {load.name}, {load.micro_batch_size} x {load.seq_length:,} tokens"
-    parts = [part for part in memory if part != "total" and memory[part]]
-    table = _table(title, "", [*parts, "total"])
-    table.add_row(ranks, *(say.size(memory[part]) for part in [*parts, "total"]))
+    load, memory = subject.load, plan["memory_per_rank"]
+    title = f"memory per rank, estimated: {subject.load_name}, {load.micro_batch_size} x {load.seq_length:,} tokens"
+    table = empty_table(title, "", [part for part in memory if memory[part]])
+    table.add_row("each rank", *(in_bytes(size) for size in memory.values() if size))
     return table
 
 

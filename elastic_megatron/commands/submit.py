@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 
 if TYPE_CHECKING:
+    from ..preflight import Finding
     from ..recipe import JobChain
-    from ..slurm.preflight import Finding
 
 _DESCRIPTION = """Write the job scripts of a chain (or of a single recipe) into its run folder and queue them, each
 after those that it needs. Everything is checked first: layouts, memory, paths, room. With --dry-run the very same
@@ -35,6 +35,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--dry-run", "--dryrun", action="store_true", help="print what would be sent, and send nothing"
     )
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="over a chain that was submitted before and is not in the queue: write its files anew, and queue what "
+        "has not succeeded",
+    )
     parser.add_argument("--force", action="store_true", help="submit although the checks found errors")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.set_defaults(handler=run)
@@ -42,9 +48,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Raises ``UserError`` for bad files, for errors that the checks found, and where Slurm refuses."""
+    from ..preflight import preflight
     from ..recipe import load_jobs
     from ..slurm import scheduler
-    from ..slurm.preflight import preflight
 
     chain = load_jobs(args.recipe, args.overrides)
     findings = preflight(chain)
@@ -56,12 +62,13 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from ..slurm.submission import submit
 
     command = ["elastic-megatron", "submit", str(args.recipe), *args.overrides]
-    record = submit(chain, command)
+    queued = submit(chain, command, again=args.again)
     if args.json:
-        return {"run_dir": str(record.run_dir), "jobs": {n: list(j.ids) for n, j in record.jobs.items()}}
-    for name, job in record.jobs.items():
-        print(f"{name}: job {', '.join(map(str, job.ids))}")
-    print(f"watch with: elastic-megatron status {_shown(record.run_dir)}")
+        return {"run_dir": str(chain.run_dir), "jobs": {name: list(ids) for name, ids in queued.items()}}
+    for job in chain.jobs:
+        ids = ", ".join(map(str, queued.get(job.name, ())))
+        print(f"{job.name}: {f'job {ids}' if ids else 'succeeded before'}")
+    print(f"watch with: elastic-megatron status {shlex.quote(_shown(chain.run_dir))}")
     return None
 
 
@@ -70,13 +77,9 @@ def _report(findings: list[Finding], force: bool) -> None:
     errors = [f for f in findings if f.severity == "error"]
     for finding in findings:
         if finding.severity == "warning" or force:
-            print(f"warning: {_line(finding)}", file=sys.stderr)
+            print(f"warning: {finding}", file=sys.stderr)
     if errors and not force:
-        raise UserError("\n".join(_line(f) for f in errors))
-
-
-def _line(finding: Finding) -> str:
-    return f"{finding.job}: {finding.text}" if finding.job else finding.text
+        raise UserError("\n".join(str(f) for f in errors))
 
 
 def _dry_run(args: argparse.Namespace, chain: JobChain, findings: list[Finding]) -> dict[str, Any] | None:
@@ -89,7 +92,8 @@ def _dry_run(args: argparse.Namespace, chain: JobChain, findings: list[Finding])
     for job in chain.jobs:
         wait = dependency([f"<{name}>" for name in job.after], links(job))
         option = f"--dependency={shlex.quote(wait)} " if wait else ""
-        commands += [f"sbatch {option}{script_path(chain.run_dir, job.name)}"] * links(job)
+        script = shlex.quote(str(script_path(chain.run_dir, job.name)))
+        commands += [f"sbatch {option}{script}"] * links(job)
     refusals = _refusals(chain, files) if scheduler.available() else None
     if not args.json:
         for path, text in files.items():

@@ -35,6 +35,6 @@ def check_sequence(parallel: Layout, what: str, seq_length: int) -> Iterator[str
     if seq_length % cut:
         longer = -(-seq_length // cut) * cut
         yield (
-            f"{what}: seq_length={seq_length} is not a multiple of {cut}, which context and sequence parallelism cut it "
-            f"into; set {what}.seq_length={longer}"
+            f"{what}: seq_length={seq_length} is not a multiple of {cut}, which context and sequence parallelism "
+            f"cut it into; set {what}.seq_length={longer}"
         )

@@ -67,7 +67,9 @@ def _world(setting: Setting) -> Iterator[Problem]:
             continue
         shown = " x ".join(f"{g} {n}" for g, n in zip(groups, sizes, strict=True))
         nodes = setting.ranks_per_node
-        ranks = f"{world // nodes} nodes x {nodes} ranks = {world}" if nodes else f"parallel.world_size={world}"
+        ranks = (
+            f"{world // nodes} nodes x {nodes} ranks = {world}" if nodes else f"parallel.world_size={world}"
+        )
         fewer = [c for g in groups for c in lower(setting, g) if g != "expert_tensor"]
         more = [setting.nodes_or_ranks(n) for n in near(world, lcm(prod(sizes), nodes or 1))]
         yield Problem(f"{ranks} is not a multiple of {shown} = {prod(sizes)}", (*more, *fewer))
@@ -79,9 +81,7 @@ def _switches(setting: Setting) -> Iterator[Problem]:
         text = "parallel.sequence=true needs parallel.tensor above 1"
         yield Problem(text, ({"parallel.sequence": False},))
     if moe and parallel.tensor > 1 and not parallel.sequence:
-        text = (
-            f"parallel.tensor={parallel.tensor} with MoE layers needs sequence parallelism, which Megatron insists on"
-        )
+        text = f"parallel.tensor={parallel.tensor} with MoE layers needs sequence parallelism, as Megatron insists"
         yield Problem(text, ({"parallel.sequence": True}, {"parallel.tensor": 1}))
     if parallel.expert > 1 and not moe:
         text = f"parallel.expert={parallel.expert}, but the model has no MoE layers"
@@ -93,7 +93,9 @@ def _groups(setting: Setting) -> Iterator[Problem]:
     shape, tensor = setting.shape, setting.parallel.tensor
     groups, keys, fewer = shape.mamba_num_groups, shape.num_query_groups, tuple(lower(setting, "tensor"))
     if "M" in shape.hybrid_layer_pattern and groups % tensor:
-        yield Problem(f"parallel.tensor={tensor} does not divide mamba_num_groups={groups}, which is not split", fewer)
+        yield Problem(
+            f"parallel.tensor={tensor} does not divide mamba_num_groups={groups}, which is not split", fewer
+        )
     if "*" in shape.hybrid_layer_pattern and keys % tensor and tensor % keys:
         text = f"parallel.tensor={tensor} is neither a divisor nor a multiple of num_query_groups={keys}"
         yield Problem(text, fewer)
@@ -115,7 +117,10 @@ def other_widths(setting: Setting, axis: str, step: int) -> list[Change]:
     """The choices of an axis with those that are no multiple of ``step`` moved to the nearest that are."""
     if setting.space is None or axis not in setting.space.axes:
         return []
-    full, step = setting.shape.size(axis), lcm(step, setting.space.lanes_of(axis), setting.granule.get(axis, 1))
+    full, step = (
+        setting.shape.size(axis),
+        lcm(step, setting.space.lanes_of(axis), setting.granule.get(axis, 1)),
+    )
     least = setting.shape.moe_router_topk if axis == "num_moe_experts" else 1
     if full % step:
         return []
@@ -161,7 +166,11 @@ def _lanes(setting: Setting, axis: str, lanes: int, group: str) -> Problem:
 
 def _context(setting: Setting) -> Iterator[Problem]:
     """Context parallelism splits a tensor rank's Mamba heads, and its SSM groups or the heads of each."""
-    tensor, context, groups = setting.parallel.tensor, setting.parallel.context, setting.shape.mamba_num_groups
+    tensor, context, groups = (
+        setting.parallel.tensor,
+        setting.parallel.context,
+        setting.shape.mamba_num_groups,
+    )
     if context == 1 or "M" not in setting.shape.hybrid_layer_pattern or groups % tensor:
         return
     fewer = tuple(lower(setting, "context"))
@@ -171,8 +180,8 @@ def _context(setting: Setting) -> Iterator[Problem]:
     local = groups // tensor
     if local % context and context % local:
         text = (
-            f"parallel.context={context} is neither a divisor nor a multiple of the {local} SSM groups of a tensor rank "
-            "(mamba_num_groups / parallel.tensor)"
+            f"parallel.context={context} is neither a divisor nor a multiple of the {local} SSM groups of a tensor "
+            "rank (mamba_num_groups / parallel.tensor)"
         )
         yield Problem(text, fewer)
 
@@ -183,7 +192,8 @@ def _pipeline(setting: Setting) -> Iterator[Problem]:
     fewer: tuple[Change, ...] = tuple(lower(setting, "pipeline"))
     if chunks is not None and stages == 1:
         yield Problem(
-            "parallel.virtual_pipeline needs parallel.pipeline above 1", ({"parallel.virtual_pipeline": None},)
+            "parallel.virtual_pipeline needs parallel.pipeline above 1",
+            ({"parallel.virtual_pipeline": None},),
         )
     elif (parts := stages * (chunks or 1)) > layers:
         if chunks:
@@ -207,8 +217,8 @@ def _sequences(setting: Setting) -> Iterator[Problem]:
     for what, key, length in fed:
         if length % cut:
             text = (
-                f"{what}: seq_length={length} is not a multiple of {cut}, which context and sequence parallelism cut it "
-                "into"
+                f"{what}: seq_length={length} is not a multiple of {cut}, which context and sequence parallelism "
+                "cut it into"
             )
             longer: list[Change] = [{f"{key}.seq_length": n} for n in near(length, cut)]
             yield Problem(text, (*longer, *lower(setting, "context")))

@@ -11,71 +11,99 @@ for its backward pass hold, in numbers:
 - ``-``: 2 n/T ffn;
 - ``E``: 2 n/T shared, n' experts fp32 scores, and for n' topk X dispatched tokens, evenly routed,
   2 hidden (before and after the experts) + 2 moe_ffn / X;
-- a stage behind another: n' hidden of the teacher for each of its chunks, received beside the student's.
+- a stage behind another: n' hidden of the teacher for each of its chunks, received beside the student's;
+- in an elastic model, whose masks are multiplied in and learn, one more of each tensor that is multiplied: 3 n' hidden,
+  and of inner (3), queries, ffn, shared and dispatched moe_ffn.
 
-The way of counting is that of arXiv 2205.05198. Left out: temporary buffers (in the distillation loss about as
-much as the logits), communication, fragmentation (allow 10 to 20 %), the budget router (thousands of
-parameters) and the masks.
+The way of counting is that of arXiv 2205.05198. Left out: communication buffers, fragmentation (``usable`` allows for
+both) and the budget router (thousands of parameters).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 from ..space import ParentShape, ends, stage_layers, tensors_of
 from .parallel import Layout, size_of, smallest_world
+from .setting import LayoutSizes, sizes_of
 from .sizes import parent_fields
 
 _BYTES = {"fp32": 4, "bf16": 2}
 _REPLICATED = ("norm.", "input_layernorm.", "pre_mlp_layernorm.", "mlp.router.")
+# Bytes of an entry of the logits at the loss's fullest moment, beside the logits themselves (``ops.kd``, which takes
+# them whole): two log-softmaxes, exp, difference and product in fp32; without a teacher a log-softmax, its gradient
+# and one copy.
+_DISTILLING, _CROSS_ENTROPY = 5 * 4, 3 * 4
+# What no formula above counts: CUDA and NCCL keep buffers of about two GiB, and the allocator's holes are a share.
+_RESERVED, _HOLES = 2 * 2**30, 0.1
 
 
-def memory_per_rank(
-    shape: ParentShape,
-    parallel: Layout,
-    *,
-    dtype: str,
-    training: bool,
-    seq_length: int,
-    micro_batch_size: int,
-    teacher: bool,
-    recompute: bool = False,
-    distributed_optimizer: bool = False,
-) -> dict[str, int]:
-    """Bytes on the fullest rank: ``weights, gradients, optimizer, teacher, activations, total``.
-
-    A parameter costs its weight (bf16 2, fp32 4), in training an fp32 gradient (4) and Adam (bf16: fp32 copy
-    and two moments, 12; fp32: two moments, 8). The teacher is a second set of frozen weights. Activations are
-    those of the micro-batches in flight (module docstring), and the logits.
+@dataclass(frozen=True)
+class Load:
+    """What a rank computes at a time.
 
     Args:
         dtype: ``fp32`` or ``bf16``.
         training: without it nothing is kept for a backward pass.
-        recompute: full recomputation, which keeps a layer's input and one layer's other activations.
-        distributed_optimizer: Adam's state is split over data-parallel ranks (needs ``world_size``).
+        teacher: the frozen model beside it.
+        elastic: do masks act on the activations?
+        logits: of how many micro-batches they are held, outside of training.
     """
-    stages = [
-        _stage(shape, parallel, stage, dtype, training, seq_length * micro_batch_size, teacher, recompute,
-               distributed_optimizer)
-        for stage in range(parallel.pipeline)
-    ]  # fmt: skip
+
+    seq_length: int
+    micro_batch_size: int
+    dtype: str = "bf16"
+    training: bool = True
+    teacher: ParentShape | None = None
+    elastic: bool = False
+    logits: int = 1
+
+    @property
+    def tokens(self) -> int:
+        return self.seq_length * self.micro_batch_size
+
+    @property
+    def size(self) -> int:
+        return _BYTES[self.dtype]
+
+
+def usable(memory_gib: float) -> float:
+    """Bytes of a card that an estimate may fill."""
+    return memory_gib * 2**30 * (1 - _HOLES) - _RESERVED
+
+
+def memory_per_rank(shape: ParentShape, parallel: Layout, load: Load) -> dict[str, int]:
+    """Bytes on the fullest rank: ``weights, gradients, optimizer, teacher, activations, logits, total``.
+
+    A parameter costs its weight (bf16 2, fp32 4), in training an fp32 gradient (4) and Adam (bf16: fp32 copy
+    and two moments, 12; fp32: two moments, 8), which ``distributed_optimizer`` splits over data-parallel ranks
+    (of the smallest job, without ``world_size``). The teacher is a second set of frozen weights. Activations are
+    those of the micro-batches in flight (module docstring); with ``recompute`` a layer's input and one layer's other
+    activations. ``logits`` are those of student and teacher, and what the loss makes of them.
+    """
+    sizes = sizes_of(parallel)
+    stages = [_stage(shape, sizes, stage, load) for stage in range(parallel.pipeline)]
     return max(stages, key=lambda s: s["total"])
 
 
-def _stage(
-    shape: ParentShape, parallel: Layout, stage: int, dtype: str, training: bool, tokens: int, teacher: bool,
-    recompute: bool, distributed_optimizer: bool,
-) -> dict[str, int]:  # fmt: skip
+def _stage(shape: ParentShape, parallel: LayoutSizes, stage: int, load: Load) -> dict[str, int]:
     dense, routed = params_per_rank(shape, parallel, stage)
-    size, replicas = _BYTES[dtype], _replicas(parallel) if distributed_optimizer else (1.0, 1.0)
-    out: dict[str, float] = {"weights": size * (dense + routed), "gradients": 0, "optimizer": 0, "teacher": 0}
-    if training:
-        adam = 12 if dtype == "bf16" else 8
+    replicas = _replicas(parallel) if parallel.distributed_optimizer else (1.0, 1.0)
+    out: dict[str, float] = {
+        "weights": load.size * (dense + routed),
+        "gradients": 0,
+        "optimizer": 0,
+        "teacher": 0,
+    }
+    if load.training:
+        adam = 12 if load.dtype == "bf16" else 8
         out["gradients"] = 4 * (dense + routed)
         out["optimizer"] = adam * (dense / replicas[0] + routed / replicas[1])
-    if teacher:
-        out["teacher"] = out["weights"]
-    out["activations"] = _activations(shape, parallel, stage, size, training, tokens, teacher, recompute)
-    if stage == parallel.pipeline - 1:
-        out["activations"] += _logits(shape, parallel, size, training, tokens, teacher)
+    if load.teacher is not None:
+        out["teacher"] = load.size * sum(params_per_rank(load.teacher, parallel, stage))
+    out["activations"] = _activations(shape, parallel, stage, load)
+    out["logits"] = _logits(shape, parallel, load) if stage == parallel.pipeline - 1 else 0
     rounded = {k: round(v) for k, v in out.items()}
     return rounded | {"total": sum(rounded.values())}
 
@@ -106,13 +134,9 @@ def params_per_rank(shape: ParentShape, parallel: Layout, stage: int) -> tuple[f
     fields, tensor, dense, routed = parent_fields(shape), parallel.tensor, 0.0, 0.0
     local_experts = shape.num_moe_experts / parallel.expert / size_of(parallel, "expert_tensor")
     for symbol in "".join(chunks_of_stage(shape, parallel, stage)):
-        for t in tensors_of(symbol, fields):
-            if t.per_expert:
-                routed += t.numel(fields) * local_experts
-            elif t.name.startswith(_REPLICATED):
-                dense += t.numel(fields)
-            else:
-                dense += t.numel(fields) / tensor
+        whole, split, one_expert = _params_of_layer(shape, symbol)
+        dense += whole + split / tensor
+        routed += one_expert * local_experts
     first, last = stage == 0, stage == parallel.pipeline - 1
     for t in ends(shape.tie_embeddings):
         if t.name.startswith("decoder."):
@@ -125,22 +149,31 @@ def params_per_rank(shape: ParentShape, parallel: Layout, stage: int) -> tuple[f
     return dense, routed
 
 
-def _activations(
-    shape: ParentShape, parallel: Layout, stage: int, size: int, training: bool, tokens: int, teacher: bool,
-    recompute: bool,
-) -> float:  # fmt: skip
+@lru_cache(maxsize=64)
+def _params_of_layer(shape: ParentShape, symbol: str) -> tuple[int, int, int]:
+    """Parameters that every tensor rank holds, that tensor ranks share, and of one routed expert."""
+    fields, out = parent_fields(shape), [0, 0, 0]
+    for t in tensors_of(symbol, fields):
+        kind = 2 if t.per_expert else 0 if t.name.startswith(_REPLICATED) else 1
+        out[kind] += t.numel(fields)
+    return out[0], out[1], out[2]
+
+
+def _activations(shape: ParentShape, parallel: LayoutSizes, stage: int, load: Load) -> float:
     chunks = chunks_of_stage(shape, parallel, stage)
-    layers = [_layer_bytes(shape, parallel, s, size, tokens) for s in "".join(chunks)]
-    if not training:
-        return max(layers)
-    kept = sum(layers)
-    entry = _residual_tokens(parallel, tokens) * shape.hidden_size * size
-    if recompute:
-        kept = entry * len(layers)
+    symbols = "".join(chunks)
+    of_layer = {s: _layer_bytes(shape, parallel, s, load) for s in set(symbols)}
+    fullest = max(of_layer.values())
+    if not load.training:
+        return fullest
+    entry = _residual_tokens(parallel, load.tokens) * shape.hidden_size * load.size
+    kept = entry * len(symbols) if parallel.recompute else sum(of_layer[s] for s in symbols)
     kept += entry * (stage == 0)
-    # the teacher's hidden states arrive in one message with the student's, which is kept whole
-    kept += entry * teacher * (len(chunks) - (stage == 0))
-    return _in_flight(parallel, stage) * kept + (max(layers) if recompute else 0.0)
+    if load.teacher is not None:
+        # its hidden states arrive in one message with the student's, which is kept whole
+        width = load.teacher.hidden_size / shape.hidden_size
+        kept += entry * width * (len(chunks) - (stage == 0))
+    return _in_flight(parallel, stage) * kept + (fullest if parallel.recompute else 0.0)
 
 
 def _in_flight(parallel: Layout, stage: int) -> float:
@@ -159,36 +192,37 @@ def _residual_tokens(parallel: Layout, tokens: int) -> float:
     return tokens / parallel.context / (parallel.tensor if parallel.sequence else 1)
 
 
-def _layer_bytes(shape: ParentShape, parallel: Layout, symbol: str, size: int, tokens: int) -> float:
+def _layer_bytes(shape: ParentShape, parallel: Layout, symbol: str, load: Load) -> float:
     """Bytes that one layer keeps for one micro-batch; the formulas of the module docstring."""
-    rows, split = _residual_tokens(parallel, tokens), tokens / parallel.context / parallel.tensor
-    numbers = 2 * rows * shape.hidden_size
-    extra = 0.0
+    rows, split = _residual_tokens(parallel, load.tokens), load.tokens / parallel.context / parallel.tensor
+    masked, extra = 1 if load.elastic else 0, 0.0
+    numbers = (2 + 3 * masked) * rows * shape.hidden_size
     if symbol == "M":
-        inner, states = (
-            shape.mamba_num_heads * shape.mamba_head_dim,
-            shape.mamba_num_groups * shape.mamba_state_dim,
-        )
-        numbers += split * (
-            (2 * inner + 2 * states + shape.mamba_num_heads) + (inner + 2 * states) + 2 * inner
-        )
+        inner = shape.mamba_num_heads * shape.mamba_head_dim
+        states = shape.mamba_num_groups * shape.mamba_state_dim
+        projected = 2 * inner + 2 * states + shape.mamba_num_heads
+        numbers += split * (projected + (inner + 2 * states) + (2 + 3 * masked) * inner)
     elif symbol == "*":
-        numbers += split * 2 * (shape.num_attention_heads + shape.num_query_groups) * shape.kv_channels
+        heads = (2 + masked) * shape.num_attention_heads + 2 * shape.num_query_groups
+        numbers += split * heads * shape.kv_channels
     elif symbol == "-":
-        numbers += split * 2 * shape.ffn_hidden_size
+        numbers += split * (2 + masked) * shape.ffn_hidden_size
     else:
         expert_tensor = size_of(parallel, "expert_tensor")
         dispatched = rows * shape.moe_router_topk * expert_tensor
-        numbers += split * 2 * shape.moe_shared_expert_intermediate_size
-        numbers += dispatched * 2 * (shape.hidden_size + shape.moe_ffn_hidden_size / expert_tensor)
+        numbers += split * (2 + masked) * shape.moe_shared_expert_intermediate_size
+        numbers += dispatched * (
+            2 * shape.hidden_size + (2 + masked) * shape.moe_ffn_hidden_size / expert_tensor
+        )
         extra = 4 * rows * shape.num_moe_experts
-    return size * numbers + extra
+    return load.size * numbers + extra
 
 
-def _logits(
-    shape: ParentShape, parallel: Layout, size: int, training: bool, tokens: int, teacher: bool
-) -> float:
-    """Logits in the model's dtype and, in training, their fp32 log-softmax; the same again of a teacher."""
-    entries = tokens / parallel.context * shape.vocab_size / parallel.tensor
-    one = size + 4 if training else size
-    return entries * one * (2 if teacher else 1)
+def _logits(shape: ParentShape, parallel: Layout, load: Load) -> float:
+    """Logits in the model's dtype and what the loss makes of them, for the whole micro-batch at once."""
+    entries = load.tokens / parallel.context * shape.vocab_size / parallel.tensor
+    if not load.training:
+        return entries * load.size * load.logits
+    if load.teacher is None:
+        return entries * (load.size + _CROSS_ENTROPY)
+    return entries * (2 * load.size + _DISTILLING)

@@ -112,7 +112,11 @@ def sizes_of(parallel: Layout) -> LayoutSizes:
     """The numbers of a recipe's ``parallel`` section, or of anything like it."""
     if isinstance(parallel, LayoutSizes):
         return parallel
-    taken = {f.name: _plain(f.name, getattr(parallel, f.name)) for f in fields(LayoutSizes) if hasattr(parallel, f.name)}
+    taken = {
+        f.name: _plain(f.name, getattr(parallel, f.name))
+        for f in fields(LayoutSizes)
+        if hasattr(parallel, f.name)
+    }
     return LayoutSizes(**taken)
 
 

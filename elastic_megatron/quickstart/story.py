@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..errors import UserError
+from ..errors import AGAIN, UserError
 from ..recipe import Recipe, dump, load
 from .phases import Phases
 
@@ -51,7 +51,7 @@ def quickstart(
     """Run the story into ``out`` and return its report.
 
     Raises ``UserError`` where the project's recipes or texts are not beside the package (give them), and
-    ``SystemExit`` with 128 + the signal's number after a signal: everything is saved, run again to go on.
+    ``SystemExit`` with the status of ``train`` after a signal: everything is saved, run again to go on.
     """
     from . import measure
 
@@ -152,7 +152,7 @@ def _train(recipe: Recipe) -> None:
     if status := run_ranks(command, min(2, os.cpu_count() or 1)):
         if status == 128 + signal.SIGINT:
             raise KeyboardInterrupt  # where only the ranks got it
-        if status > 128:  # another signal: saved, and said so
+        if status > 128 or status == AGAIN:  # another signal: saved, and said so
             raise SystemExit(status)
         raise UserError(f"{' '.join(command[2:])} ended with status {status}; its last lines say why")
 

@@ -26,7 +26,9 @@ def _order(jobs: dict[str, Job]) -> dict[str, Job]:
             if name in Chain.model_fields:
                 yield Problem((name,), f"a job may not be called {name}, which is a key of chains")
             for index, before in enumerate(job.after):
-                if before in jobs and before not in earlier:
+                if before == name:
+                    yield Problem((name, "after", index), "a job cannot wait for itself")
+                elif before in jobs and before not in earlier:
                     yield Problem((name, "after", index), f"{before!r} must stand above {name!r}")
                 elif before not in jobs:
                     hint = (

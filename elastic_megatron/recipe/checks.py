@@ -55,6 +55,13 @@ def _job_has_its_section(
         yield Problem(("job",), "'quantize' needs a section quantize: the format")
 
 
+def _exported_submodels(export: Export | None, budgets: Budgets) -> Iterator[Problem]:
+    for index, name in enumerate(export.submodels if export is not None and budgets else ()):
+        if name not in budgets:
+            hint = did_you_mean(name, budgets) or f"; budgets are {', '.join(budgets)}"
+            yield Problem(("export", "submodels", index), f"there is no budget {name!r}{hint}")
+
+
 def _plain_training(
     stages: tuple[Stage, ...], budgets: Budgets, loss: Loss, teacher: Teacher
 ) -> Iterator[Problem]:
@@ -140,6 +147,7 @@ _CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     _stage_budgets,
     _stop_after,
     _job_has_its_section,
+    _exported_submodels,
     _plain_training,
     _topk,
     _parallel_switches,

@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from elastic_megatron.recipe.gpus import GPUS, Gpu
 from elastic_megatron.recipe.slurm import SbatchFlags
@@ -19,6 +20,10 @@ from elastic_megatron.recipe.types import (
     Problem,
     Section,
     Switch,
+    absolute,
+    default_tag,
+    expanded,
+    one_line,
     raise_any,
 )
 
@@ -32,13 +37,39 @@ class OtherGpu(Section):
 
 
 def _gpu_kind(value: object) -> str:
-    return "name" if isinstance(value, str) else "sizes"
+    return "sizes" if isinstance(value, dict | OtherGpu) else "name"
 
 
 GpuName = Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200", "b200", "gb200", "l40s"]
 GpuChoice = Annotated[
     Annotated[GpuName, Tag("name")] | Annotated[OtherGpu, Tag("sizes")], Discriminator(_gpu_kind)
 ]
+
+
+def _image(value: object) -> object:
+    """A file by its absolute path; a reference of a registry as it is."""
+    if isinstance(value, str) and value.startswith(("/", "./", "../", "~")):
+        return str(absolute(value))
+    return expanded(value)
+
+
+def _mount(path: Path) -> Path:
+    if re.search(r"[,:]", str(path)):
+        raise ValueError(f"{str(path)!r} cannot be mounted: runtimes take , and : for separators")
+    return path
+
+
+def _variable(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        shown = repr(name.partition("=")[0])  # what follows may be a secret
+        raise ValueError(f"{shown} is given a value, or is no name; only names of variables are written here")
+    return name
+
+
+Variable = Annotated[str, AfterValidator(_variable)]
+ShellLine = Annotated[str, AfterValidator(one_line)]
+Image = Annotated[str, BeforeValidator(_image), Field(min_length=1)]
+Mount = Annotated[FilePath, AfterValidator(_mount)]
 
 
 class NoContainer(Section):
@@ -55,11 +86,11 @@ class NoContainer(Section):
 class _Container(Section):
     discriminator: ClassVar[str] = "runtime"
 
-    image: EnvText = Field(description="Image: a registry reference, or a file (.sqsh, .sif).")
-    mounts: tuple[FilePath, ...] = Field(
+    image: Image = Field(description="Image: a registry reference, or a file (.sqsh, .sif).")
+    mounts: tuple[Mount, ...] = Field(
         description="Folders to see inside, at the same paths: recipes, data, checkpoints, run folders."
     )
-    arguments: tuple[str, ...] = Field(
+    arguments: tuple[ShellLine, ...] = Field(
         default=(), description="Further arguments of the runtime (of srun, for pyxis), one an item."
     )
 
@@ -83,30 +114,9 @@ class Docker(_Container):
     runtime: Literal["docker"] = Field(description="docker; needs its daemon on every node.")
 
 
-ContainerChoice = Annotated[NoContainer | Pyxis | Apptainer | Docker, Field(discriminator="runtime")]
-
-
-def _variable(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise ValueError(f"{name!r} is no name of a variable; values are never written here, only names")
-    return name
-
-
-_SECRET = re.compile(r"\b(\w*(?:KEY|TOKEN|SECRET|PASSWORD)\w*)=\S", re.IGNORECASE)
-
-
-def _line(text: str) -> str:
-    if not text.strip() or not text.isprintable():
-        raise ValueError("must be one line of shell")
-    if found := _SECRET.search(text):
-        raise ValueError(
-            f"looks like a secret in plain sight; set {found[1]} where you submit, and name it in environment"
-        )
-    return str(text)
-
-
-Variable = Annotated[str, AfterValidator(_variable)]
-ShellLine = Annotated[str, AfterValidator(_line)]
+ContainerChoice = Annotated[
+    NoContainer | Pyxis | Apptainer | Docker, Field(discriminator="runtime"), default_tag("runtime", "none")
+]
 
 
 class Cluster(Section):
@@ -135,7 +145,8 @@ class Cluster(Section):
     container: ContainerChoice = Field(default=NoContainer(), description="What a task runs in.")
     environment: tuple[Variable, ...] = Field(
         default=(),
-        description="Names of variables that jobs inherit from where they are submitted, such as HF_TOKEN.",
+        description="Names of variables that jobs need, such as HF_TOKEN: they must be set where jobs are submitted, "
+        "and containers take them over.",
     )
     setup: tuple[ShellLine, ...] = Field(
         default=(),

@@ -47,3 +47,6 @@ class Export(Section):
             yield Problem(("slices",), "needs submodels: the names to cut out")
         if self.submodels and self.slices is None:
             yield Problem(("submodels",), "needs slices: the folder that their directories are written to")
+        for index, name in enumerate(self.submodels):
+            if name in self.submodels[:index]:
+                yield Problem(("submodels", index), f"names {name!r} a second time")

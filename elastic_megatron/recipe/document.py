@@ -115,7 +115,7 @@ def _scalar(node: yaml.ScalarNode) -> Scalar:
     try:
         value = _READ[kind](text)
     except (ValueError, KeyError):
-        raise ValueError(f"not valid YAML: {_short(text)} is no {kind}") from None
+        raise ValueError(f"not valid YAML: {_short(text)} is no {_WORDS.get(kind, kind)}") from None
     if kind == "int" and abs(value) >= LARGEST:
         raise ValueError(f"{_short(text)} is too large; whole numbers lie below 2**63")
     if kind == "str" and re.search(r"[\x00\ud800-\udfff]", text):
@@ -135,6 +135,9 @@ _READ: dict[str, Callable[[str], Any]] = {
     "float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
     "str": lambda text: text,
 }
+
+
+_WORDS = {"int": "whole number", "float": "number", "bool": "switch"}
 
 
 def _short(text: str) -> str:
@@ -166,7 +169,9 @@ class Reader:
             key = error.context == "while scanning a simple key"
             mark = error.context_mark if key else error.problem_mark or error.context_mark
             where = self._where(mark.line + 1, mark.column + 1) if mark else start.where
-            self._problems.append(f"{where}: not valid YAML: {error.problem or error.context}")
+            line = text.splitlines()[mark.line : mark.line + 1] if mark else []
+            remedy = "; in brackets, put quotes around text with ${NAME}" if "${" in "".join(line) else ""
+            self._problems.append(f"{where}: not valid YAML: {error.problem or error.context}{remedy}")
             return None
         except yaml.reader.ReaderError as error:
             before = text[: error.position]
@@ -205,7 +210,9 @@ class Reader:
             # The text itself: a budget may be called 12 or on.
             key: str = key_node.value
             if key == "<<":
-                self._problems.append(f"{mark.where}: '<<' does not merge; write the keys out, or use extends")
+                self._problems.append(
+                    f"{mark.where}: '<<' does not merge; write the keys out, or use extends"
+                )
                 continue
             if key in entries:
                 self._problems.append(

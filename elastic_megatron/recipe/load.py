@@ -17,6 +17,7 @@ from elastic_megatron.recipe.sources import Sources
 from elastic_megatron.recipe.types import Problem, Section
 
 KINDS: dict[str, type[Section]] = {"recipe": Recipe, "cluster": Cluster, "chain": Chain}
+WORDS: dict[type[Section], str] = {Recipe: "recipe", Cluster: "cluster file", Chain: "chain"}
 
 
 def load(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -27,17 +28,54 @@ def load(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """
     problems: list[str] = []
     document = read(Recipe, fspath(path), overrides, problems)
-    if document is None:
-        raise UserError("\n".join(problems))
+    if document is None or document.value is None or problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
     return document.value
 
 
 @dataclass(frozen=True)
 class Document[T: Section]:
-    """What a file says, and where each part of it was written."""
+    """What a file says (None if that is not valid), and where each part of it was written."""
 
-    value: T
+    value: T | None
     root: Node
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A file merged over those that it extends; not `complete` where one of these cannot be used."""
+
+    root: Node
+    complete: bool
+
+
+def open_file(shown: str, problems: list[str], word: str, asked_at: str = "") -> Opened | None:
+    """The keys in a file, whatever it describes; None if it cannot be read.
+
+    What is wrong is added to `problems`, a line each. `word` is what messages call the file; `asked_at` stands
+    before complaints about the file as a whole: the place that named it.
+    """
+    sources = Sources(problems, word)
+    root = sources.file(shown, asked_at=asked_at)
+    return None if root is None else Opened(root, sources.complete)
+
+
+def parse[T: Section](
+    kind: type[T], opened: Opened, overrides: Sequence[str], problems: list[str], prefix: str = ""
+) -> Document[T] | None:
+    """The document of this kind in an open file; whatever is wrong with it is added to `problems`, a line each.
+
+    None where the file describes something else. `prefix` stands before overrides, as the user wrote them.
+    """
+    if other := _other_kind(kind, opened.root):
+        problems.append(other)
+        return None
+    root, sources = opened.root, Sources(problems)
+    for override in overrides:
+        root = sources.override(root, override, prefix)
+    value, found = _parsed(kind, root, opened.complete)
+    problems += found
+    return Document(value, root)
 
 
 def read[T: Section](
@@ -48,27 +86,45 @@ def read[T: Section](
     asked_at: str = "",
     prefix: str = "",
 ) -> Document[T] | None:
-    """The document of this kind in a file; None after adding to `problems`, one line each.
-
-    `asked_at` stands before complaints about the file as a whole: the place that named it; `prefix` before
-    overrides, as the user wrote them.
-    """
-    sources = Sources()
-    root = sources.file(shown, asked_at=asked_at)
-    for override in overrides if root is not None else ():
-        root = sources.override(root, override, prefix)
-    value, found = (None, []) if root is None else _parsed(kind, root)
-    problems += sources.problems + found
-    return None if root is None or value is None or sources.problems else Document(value, root)
+    """`open_file` and `parse`; None where there is nothing to look into."""
+    opened = open_file(shown, problems, WORDS[kind], asked_at)
+    return None if opened is None else parse(kind, opened, overrides, problems, prefix)
 
 
-def _parsed[T: Section](kind: type[T], root: Node) -> tuple[T | None, list[str]]:
+def kind_of(root: Node) -> type[Section] | None:
+    """What a file describes, by the keys at its top: the kind that knows the most of them, if it is only one."""
+    assert isinstance(root.value, dict)
+    known = {kind: len(root.value.keys() & kind.model_fields.keys()) for kind in WORDS}
+    most = max(known.values())
+    best = [kind for kind in WORDS if known[kind] == most]
+    return best[0] if len(best) == 1 else None
+
+
+def _other_kind(kind: type[Section], root: Node) -> str | None:
+    """Complaint about a file that describes something else than `kind`."""
+    found = kind_of(root)
+    if found in (kind, None):
+        return None
+    assert isinstance(root.value, dict) and found is not None
+    file = root.mark.where.rsplit(":", 2)[0]
+    foreign = {
+        key: node.mark.where
+        for key, node in root.value.items()
+        if key in found.model_fields and key not in kind.model_fields
+    }
+    # rather a key of this file than of one that it extends
+    key, where = min(foreign.items(), key=lambda entry: not entry[1].startswith(f"{file}:"))
+    return f"{where}: a {WORDS[kind]} belongs here, but {key!r} is a key of a {WORDS[found]}"
+
+
+def _parsed[T: Section](kind: type[T], root: Node, complete: bool) -> tuple[T | None, list[str]]:
+    """The document, and what is wrong with it; an incomplete one is not blamed for what it lacks."""
     data = cast(dict[str, Any], root.plain())
     try:
         return kind.model_validate(data), []
     except ValidationError as error:
-        found = messages.problems_of(error, kind)
-        if kind is Recipe:
+        found = messages.problems_of(error, kind, WORDS, complete)
+        if kind is Recipe and complete:
             found += _cross_problems(data, error)
         return None, messages.lines(found, root)
 

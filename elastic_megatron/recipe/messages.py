@@ -1,38 +1,74 @@
-"""pydantic's complaints about a recipe, as lines that say where, what and the remedy."""
+"""pydantic's complaints about a document, as lines that say where, what and the remedy."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
-from elastic_megatron.recipe.document import Node
-from elastic_megatron.recipe.types import Problem, Problems, did_you_mean, show_path
+from elastic_megatron.recipe.document import Node, Unreadable
+from elastic_megatron.recipe.types import Problem, Problems, closest, did_you_mean, show_path, shown_value
 
 Place = tuple[str | int, ...]
+Kinds = dict[type[BaseModel], str]
 
 
-def lines(problems: list[Problem], root: Node) -> list[str]:
-    """One line per problem: `place: key: what is wrong`."""
+def lines(problems: Iterable[Problem], root: Node) -> list[str]:
+    """One line per problem: `place: key: what is wrong`. What could not be read is complained about already."""
     shown = []
     for problem in problems:
+        node = root.deepest(problem.at)
+        if isinstance(node.value, Unreadable):
+            continue
         subject = show_path(problem.at[:-1] if problem.of_parent else problem.at)
         # One line each, even if a key or a value holds line breaks.
         text = " ".join(f"{subject + ': ' if subject else ''}{problem.text}".split())
-        shown.append(f"{root.locate(problem.at).where}: {text}")
+        shown.append(f"{node.mark.where}: {text}")
     return shown
 
 
-def problems_of(error: ValidationError, root: type[BaseModel]) -> list[Problem]:
-    """Everything that pydantic found in a document of type `root`, with paths as the user wrote them."""
-    return [problem for detail in error.errors() for problem in _problems(detail, root)]
+def problems_of(error: ValidationError, root: type[BaseModel], kinds: Kinds, complete: bool) -> list[Problem]:
+    """pydantic's complaints about a document of type `root`, with paths as the user wrote them.
+
+    `kinds` are all kinds of documents with their names, to tell where an unknown key belongs. A document that is not
+    `complete` is not blamed for what it lacks.
+    """
+    details = [detail for detail in error.errors() if complete or not _about_absence(detail, root)]
+    meant = {place for detail in details for place in _meant(detail, root)}
+    return [
+        problem
+        for detail in details
+        if detail["type"] != "missing" or _follow(detail["loc"], root).at not in meant
+        for problem in _problems(detail, root, kinds)
+    ]
 
 
-def _problems(detail: ErrorDetails, root: type[BaseModel]) -> Iterator[Problem]:
-    at, _ = _follow(detail["loc"], root)
-    context: dict[str, Any] = detail.get("ctx", {})
+def _about_absence(detail: ErrorDetails, root: type[BaseModel]) -> bool:
+    """Might a complaint go away with keys that are missing? So do rules over a section, and choices of a variant."""
+    match detail["type"]:
+        case "missing":
+            return True
+        case "value_error" | "union_tag_not_found":
+            return _is_section(_follow(detail["loc"], root).kind)
+        case "extra_forbidden":
+            return bool(_follow(detail["loc"][:-1], root).variants)
+    return False
+
+
+def _meant(detail: ErrorDetails, root: type[BaseModel]) -> list[Place]:
+    """What an unknown key was likely meant to be: it is not missing then, but misspelt."""
+    if detail["type"] != "extra_forbidden":
+        return []
+    section, key = _follow(detail["loc"][:-1], root), detail["loc"][-1]
+    return [(*section.at, name) for name in closest(str(key), section.kind.model_fields)]
+
+
+def _problems(detail: ErrorDetails, root: type[BaseModel], kinds: Kinds) -> Iterator[Problem]:
+    place = _follow(detail["loc"], root)
+    at, context = place.at, detail.get("ctx", {})
     key = at[-1] if at else ""
     match detail["type"]:
         case "value_error" if isinstance(context["error"], Problems):
@@ -43,19 +79,21 @@ def _problems(detail: ErrorDetails, root: type[BaseModel]) -> Iterator[Problem]:
         case "missing":
             yield Problem(at[:-1], f"is too short: item {key} is missing")
         case "extra_forbidden":
-            _, section = _follow(detail["loc"][:-1], root)
-            yield Problem(at, _unknown_key(str(key), list(section.model_fields), root), of_parent=True)
+            section = _follow(detail["loc"][:-1], root)
+            yield Problem(at, _unknown_key(str(key), section, root, kinds), of_parent=True)
         case "literal_error" if detail["loc"][-1] == "[key]":
-            yield Problem(at, _unknown_key(str(key), _quoted(context["expected"]), root), of_parent=True)
+            known = _quoted(context["expected"])
+            yield Problem(at, f"unknown key {key!r}{_hint(str(key), known)}", of_parent=True)
         case "union_tag_not_found" if isinstance(detail["input"], dict):
             name = context["discriminator"].strip("'")
             yield Problem((*at, name), f"required key {name!r} is missing", of_parent=True)
         case "union_tag_invalid":
-            tag, known = str(context["tag"]), context["expected_tags"]
-            text = f"must be one of {known}, got {tag!r}{did_you_mean(tag, _quoted(known))}"
-            yield Problem((*at, context["discriminator"].strip("'")), text)
+            name, known = context["discriminator"].strip("'"), context["expected_tags"]
+            tag = detail["input"][name]
+            hint = did_you_mean(tag, _quoted(known)) if isinstance(tag, str) else ""
+            yield Problem((*at, name), f"must be one of {known}, got {shown_value(tag)}{hint}")
         case _:
-            yield Problem(at, _expectation(detail))
+            yield Problem(at, _expectation(detail, place.optional))
 
 
 _EXPECTED = {
@@ -67,31 +105,28 @@ _EXPECTED = {
     "int_type": "must be a whole number",
     "float_type": "must be a number",
     "bool_type": "must be true or false",
-    "string_type": "must be text (put quotes around it)",
+    "string_type": "must be text",
+    "too_short": "must not be empty",
+    "string_too_short": "must not be empty",
 }
 
 
-def _expectation(detail: ErrorDetails) -> str:
+def _expectation(detail: ErrorDetails, optional: bool) -> str:
     """What a value should have been, and what it was."""
     kind, value = detail["type"], detail["input"]
     if kind == "value_error":
         return str(detail["ctx"]["error"])  # pyright: ignore[reportTypedDictNotRequiredAccess]
     text = _EXPECTED.get(kind) or detail["msg"].replace("Input should be", "must be")
-    match value:
-        case None:
-            return f"{text}, but nothing follows the key; leave the key out for the default"
-        case dict() | list() | tuple():
-            return (
-                text
-                if kind == "too_long"
-                else f"{text}, got a {'mapping' if isinstance(value, dict) else 'list'}"
-            )
-        case bool():
-            return f"{text}, got {str(value).lower()}"
-        case str():
-            return f"{text}, got {str(value)!r}{did_you_mean(value, _quoted(text))}"
-        case _:
-            return f"{text}, got {value!r}"
+    if value is None:
+        return (
+            f"{text}, but nothing follows the key{'; leave the key out for the default' if optional else ''}"
+        )
+    if kind in ("too_long", "too_short", "string_too_short"):
+        return text
+    got = f"{text}, got {shown_value(value)}"
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        return f"{got}; put quotes around it"
+    return got + (did_you_mean(value, _quoted(text)) if isinstance(value, str) else "")
 
 
 def _quoted(text: str) -> list[str]:
@@ -99,61 +134,110 @@ def _quoted(text: str) -> list[str]:
     return re.findall(r"'([^']*)'", text)
 
 
-def _unknown_key(key: str, known: list[str], root: type[BaseModel]) -> str:
-    """Why `key` is not accepted: a likely slip, the sections that do have it, or else what is accepted."""
-    hint = did_you_mean(key, known)
-    homes = sorted(_homes(root, key, ""))
-    if homes:
-        others = ", ".join(homes[:-1])
-        hint += f"; {key!r} belongs to {others + ' or ' if others else ''}{homes[-1]}"
-    return f"unknown key {key!r}{hint or '; known here: ' + ', '.join(known)}"
+def _hint(key: str, known: Iterable[str], homes: str = "") -> str:
+    """A likely slip, the places that do have such a key, or else what is known."""
+    return did_you_mean(key, known) + homes or f"; known here: {', '.join(known)}"
+
+
+def _unknown_key(key: str, place: "_Place", root: type[BaseModel], kinds: Kinds) -> str:
+    """Why `key` is not accepted in a section: it is another variant's, a slip, or some other section's."""
+    section, text = place.kind, f"unknown key {key!r}"
+    if key == "extends":
+        return f"{text}; extends stands at the top of a file"
+    having = [member for member in place.variants if _is_section(member) and key in member.model_fields]
+    if tags := [str(tag) for member in having for tag in _tags(member)]:
+        return f"{text}; {key!r} belongs to {section.discriminator}: {_either(tags)}"
+    homes = sorted(_homes(root, key, "")) or [
+        home for kind in kinds for home in _elsewhere(kind, key, kinds[kind])
+    ]
+    belongs = f"; {key!r} belongs to {_either(homes)}" if homes else ""
+    return text + _hint(key, section.model_fields, belongs)
+
+
+def _either(words: Iterable[str]) -> str:
+    """`a, b or c`."""
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+_TOP = "the top level"
 
 
 def _homes(section: type[BaseModel], key: str, path: str) -> set[str]:
     """Paths of the sections at or below `section` that have a field named `key`; path "" is the top level."""
-    found = {path or "the top level"} if key in section.model_fields else set()
+    found = {path or _TOP} if key in section.model_fields else set()
     for name, field in section.model_fields.items():
         for model in _models_in(field.annotation):
             found |= _homes(model, key, f"{path}.{name}".removeprefix("."))
     return found
 
 
+def _elsewhere(kind: type[BaseModel], key: str, word: str) -> list[str]:
+    """Where another kind of document has a key."""
+    return [
+        f"the {word}" if home == _TOP else f"{home} of the {word}" for home in sorted(_homes(kind, key, ""))
+    ]
+
+
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     """Section classes mentioned anywhere in a type."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if _is_section(annotation):
         return [annotation]
     return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
-def _follow(location: tuple[str | int, ...], root: type[BaseModel]) -> tuple[Place, Any]:
-    """The path of keys that a pydantic location in a `root` means, and the type found there.
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What pydantic means by a location.
+
+    `at` is the path of keys, `kind` the type there, `variants` the types that could have been there instead (of a
+    union), `optional` whether the key may be left out.
+    """
+
+    at: Place
+    kind: Any
+    variants: tuple[Any, ...] = ()
+    optional: bool = False
+
+
+def _follow(location: tuple[str | int, ...], root: type[BaseModel]) -> _Place:
+    """The place of a pydantic location in a `root`.
 
     pydantic adds the tag of a union's member and a `[key]` marker, neither of which the user wrote.
     """
-    at: list[str | int] = []
-    kind: Any = root
+    place = _Place((), root)
     for part in location:
         if part == "[key]":
             break
-        members = _members(kind)
-        if len(members) > 1:
-            kind = next(member for member in members if part in _tags(member))
-            continue
-        at.append(part)
-        kind = _child(members[0], part)
-    return tuple(at), _members(kind)[0]
+        members = _members(place.kind)
+        chosen = [member for member in members if part in _tags(member)] if len(members) > 1 else []
+        if chosen:
+            others = tuple(member for member in members if member is not chosen[0])
+            place = _Place(place.at, _bare(chosen[0]), others, place.optional)
+        else:
+            kind, optional = _child(members[0], part)
+            place = _Place((*place.at, part), kind, (), optional)
+    return _Place(place.at, _members(place.kind)[0], place.variants, place.optional)
+
+
+def _bare(kind: Any) -> Any:
+    """A type without `Annotated`, and without `None` where that is the only alternative."""
+    while get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    members = [member for member in get_args(kind) if member is not NoneType]
+    return _bare(members[0]) if get_origin(kind) in (Union, UnionType) and len(members) == 1 else kind
 
 
 def _members(kind: Any) -> list[Any]:
     """The alternatives of a type: those of a union without None, else the type alone."""
-    bare = get_args(kind)[0] if get_origin(kind) is Annotated and not _is_tagged(kind) else kind
-    if get_origin(bare) in (Union, UnionType):
-        return [member for member in get_args(bare) if member is not NoneType]
-    return [bare]
-
-
-def _is_tagged(kind: Any) -> bool:
-    return any(isinstance(extra, Tag) for extra in get_args(kind)[1:])
+    kind = _bare(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return [member for member in get_args(kind) if member is not NoneType]
+    return [kind]
 
 
 def _tags(member: Any) -> tuple[object, ...]:
@@ -163,12 +247,12 @@ def _tags(member: Any) -> tuple[object, ...]:
     return get_args(member.model_fields[member.discriminator].annotation)
 
 
-def _child(kind: Any, part: str | int) -> Any:
-    """The type at a key or index of a container type; `object` below an unknown key."""
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
+def _child(kind: Any, part: str | int) -> tuple[Any, bool]:
+    """The type at a key or index of a container type, and whether it has a default; `object` below an unknown key."""
+    if _is_section(kind):
         field = kind.model_fields.get(str(part))
-        return field.annotation if field else object
+        return (field.annotation, not field.is_required()) if field else (object, False)
     arguments = get_args(kind)
     if get_origin(kind) is dict:
-        return arguments[1]
-    return arguments[0] if arguments else object
+        return arguments[1], True
+    return (arguments[0] if arguments else object), False

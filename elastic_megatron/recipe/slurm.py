@@ -1,11 +1,21 @@
 """The `slurm` section of a recipe: what its job asks for. Where it runs is the cluster file's business."""
 
-from collections.abc import Iterator
+import difflib
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
-from elastic_megatron.recipe.types import Duration, FilePath, Positive, Problem, Section, raise_any
+from elastic_megatron.recipe.types import (
+    Duration,
+    FilePath,
+    Positive,
+    Section,
+    default_tag,
+    expand,
+    one_line,
+    shown_value,
+)
 
 # sbatch flag -> what decides it instead
 _OURS = {
@@ -30,34 +40,58 @@ _OURS = {
     "parsable": "submit",
     "test-only": "submit --dry-run",
     "wrap": "the template",
+    "export-file": "environment in the cluster file",
+    "tasks-per-node": "slurm.ranks_per_node",
+    "gpus": "slurm.nodes and gpus_per_node in the cluster file",
+    "gpus-per-task": "gpus_per_node in the cluster file",
+    "array": "the chain, a job for each recipe",
+    "wait": "status",
 }
+# The others of sbatch 24.11, to tell typos.
+_FLAGS = """
+    acctg-freq batch bb bbf begin bell chdir cluster-constraint clusters comment constraint container
+    container-id contiguous core-spec cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline
+    delay-boot distribution exclude exclusive extra extra-node-info get-user-env gid gpu-bind gpu-freq
+    gpus-per-socket gres gres-flags hint hold ignore-pbs immediate input licenses mail-type mail-user
+    mcs-label mem mem-bind mem-per-cpu mem-per-gpu mincpus network nice no-bell no-kill nodefile nodelist
+    ntasks-per-core ntasks-per-gpu ntasks-per-socket overcommit oversubscribe prefer priority profile
+    propagate quiet reboot reservation resv-ports segment sockets-per-node spread-job stepmgr switches
+    thread-spec threads-per-core time-min tmp tres-bind tres-per-job tres-per-task uid use-min-nodes
+    verbose wait-all-nodes wckey x11
+"""
 
 
-def _flag(value: object) -> object:
+def _value(value: object) -> object:
     """A flag's value: text, a number, or true for a flag without one (false leaves out an inherited flag)."""
     if isinstance(value, bool | int | float):
         return value
-    if isinstance(value, str) and value.isprintable():
-        return str(value)
-    raise ValueError("must be text on one line, a number, or true for a flag without a value")
+    if isinstance(value, str):
+        return one_line(expand(value))
+    raise ValueError(f"must be text, a number, or true for a flag without a value, got {shown_value(value)}")
 
 
-def _not_ours(flags: dict[str, Any]) -> dict[str, Any]:
-    def problems() -> Iterator[Problem]:
-        for name in flags:
-            if not name.replace("-", "").isalnum() or name.startswith("-"):
-                yield Problem(
-                    (name,), f"{name!r} is no flag; write it without dashes in front, such as exclusive"
-                )
-            elif name in _OURS:
-                yield Problem((name,), f"--{name} is decided elsewhere: by {_OURS[name]}")
-
-    raise_any(problems())
-    return flags
+def _flag(name: str) -> str:
+    if text := _problem(name):
+        raise ValueError(text)
+    return name
 
 
-_Flag = Annotated[Any, BeforeValidator(_flag), WithJsonSchema({"type": ["string", "number", "boolean"]})]
-SbatchFlags = Annotated[dict[str, _Flag], AfterValidator(_not_ours)]
+def _problem(name: str) -> str | None:
+    """What is wrong with a flag of this name. Those that nobody knows pass: plug-ins of Slurm add their own."""
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+        return f"{name!r} is no flag; write it without dashes in front, such as exclusive"
+    if len(name) == 1:
+        return f"-{name} is short for a flag; write the long one"
+    if decided := _OURS.get(name):
+        return f"--{name} is decided elsewhere: by {decided}"
+    known = _FLAGS.split()
+    near = difflib.get_close_matches(name, [*_OURS, *known], n=1, cutoff=0.85)
+    return f"sbatch has no --{name}, did you mean {near[0]!r}?" if near and name not in known else None
+
+
+Flag = Annotated[str, AfterValidator(_flag)]
+FlagValue = Annotated[Any, BeforeValidator(_value), WithJsonSchema({"type": ["string", "number", "boolean"]})]
+SbatchFlags = dict[Flag, FlagValue]
 
 
 class _Restarting(Section):
@@ -65,7 +99,8 @@ class _Restarting(Section):
 
     lead: Positive = Field(
         default=300,
-        description="Seconds before the time limit at which training is told to save: the longest save, and a minute.",
+        description="Seconds before the time limit at which a training job is told to save; give it a save and "
+        "a minute.",
     )
     max_failures: Positive = Field(
         default=3, description="Failures in a row without a newer checkpoint after which the job gives up."
@@ -102,7 +137,7 @@ class Once(Section):
     )
 
 
-Continuation = Annotated[Requeue | Links | Once, Field(discriminator="kind")]
+Continuation = Annotated[Requeue | Links | Once, Field(discriminator="kind"), default_tag("kind", "requeue")]
 
 
 class Slurm(Section):

@@ -1,6 +1,7 @@
 """Where a recipe's keys come from: files, the files that they extend, and the command line."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,29 +21,30 @@ class Sources:
     kind: str = "recipe"
     complete: bool = True
 
-    def file(self, shown: str, chain: tuple[tuple[Path, str], ...] = (), asked_at: str = "") -> Node | None:
+    def file(self, shown: str, asked_at: str = "", chain: tuple["_Step", ...] = ()) -> Node | None:
         """The mapping in a file, merged over those that it extends; None if it cannot be used.
 
         `shown` is the path as the user would type it, `chain` the files that led here, `asked_at` a
         prefix for complaints about the file as a whole: the place that named it.
         """
-        identity = Path(os.path.realpath(shown))
-        if identity in [seen for seen, _ in chain]:
-            names = " -> ".join([name for _, name in chain] + [shown])
-            self.problems.append(f"{asked_at}extends goes round in a circle: {names}")
+        step = _Step(os.path.realpath(shown), shown, asked_at)
+        if step.identity in [before.identity for before in chain]:
+            self.problems.append(_circle((*chain, step)))
             return None
         text = self._text(shown, asked_at)
         if text is None:
             return None
         base = Path(os.path.abspath(shown)).parent
         node = Reader(lambda line, column: f"{shown}:{line}:{column}", base, self.problems).read(text)
-        if node is None:
+        if node is None or isinstance(node.value, Unreadable):
             return None
         if not isinstance(node.value, dict):
             found = "it is empty" if node.value is None else f"it holds a {_kind(node)}"
-            self.problems.append(f"{node.mark.where}: a {self.kind} is a mapping of keys to values, but {found}")
+            self.problems.append(
+                f"{node.mark.where}: a {self.kind} is a mapping of keys to values, but {found}"
+            )
             return None
-        return self._extended(shown, node, (*chain, (identity, shown)))
+        return self._extended(shown, node, (*chain, step))
 
     def _text(self, shown: str, asked_at: str) -> str | None:
         try:
@@ -55,14 +57,14 @@ class Sources:
             self.problems.append(f"{asked_at}{shown}: is not UTF-8 text (byte {error.start})")
         return None
 
-    def _extended(self, shown: str, node: Node, chain: tuple[tuple[Path, str], ...]) -> Node:
+    def _extended(self, shown: str, node: Node, chain: tuple["_Step", ...]) -> Node:
         assert isinstance(node.value, dict)
         own = {key: child for key, child in node.value.items() if key != "extends"}
         merged: Node | None = None
         for parent, mark in self._parents(node.value.get("extends")):
             # The path as written stays the path shown, so that a reader can open it.
             path = os.path.normpath(os.path.join(os.path.dirname(shown), os.path.expanduser(parent)))
-            read = self.file(path, chain, f"{mark.where}: extends: ")
+            read = self.file(path, f"{mark.where}: extends: ", chain)
             self.complete = self.complete and read is not None
             if read is not None:
                 merged = read if merged is None else merge(merged, read)
@@ -70,7 +72,8 @@ class Sources:
 
     def _parents(self, extends: Node | None) -> list[tuple[str, Mark]]:
         """The files that a file extends, each with the place that names it."""
-        if extends is None:
+        if extends is None or isinstance(extends.value, Unreadable):
+            self.complete = self.complete and extends is None
             return []
         items = extends.value if isinstance(extends.value, list) else [extends]
         if any(not isinstance(item.value, str) or not item.value for item in items):
@@ -105,6 +108,25 @@ class Sources:
         except LookupError as error:
             self.problems.append(f"{mark.where}: {error.args[0]}")
             return root
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A file on the way along `extends`: itself, its path as shown, and the place that named it."""
+
+    identity: str
+    shown: str
+    asked_at: str
+
+
+def _circle(steps: Sequence[_Step]) -> str:
+    """Complaint about files that extend each other; the same wherever the circle was entered."""
+    first = next(index for index, step in enumerate(steps) if step.identity == steps[-1].identity)
+    circle = list(steps[first + 1 :])
+    start = min(range(len(circle)), key=lambda index: circle[index].identity)
+    circle = circle[start:] + circle[:start]
+    names = " -> ".join(step.shown for step in (*circle, circle[0]))
+    return f"{circle[0].asked_at}goes round in a circle: {names}"
 
 
 def merge(base: Node, top: Node) -> Node:

@@ -71,7 +71,7 @@ class Optimizer(Section):
 
 
 def _probs_kind(value: object) -> str:
-    return "table" if isinstance(value, dict) else "uniform"
+    return "uniform" if isinstance(value, str) else "table"
 
 
 BudgetProbs = Annotated[
@@ -115,7 +115,7 @@ class Stage(Section):
     @property
     def steps(self) -> int:
         """Optimiser steps: enough for `tokens`, the last one whole."""
-        return math.ceil(self.tokens / self.tokens_per_step)
+        return -(-self.tokens // self.tokens_per_step)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

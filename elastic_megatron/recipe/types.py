@@ -54,7 +54,7 @@ def shown_value(value: object) -> str:
         case None | bool():
             return {None: "null", True: "true", False: "false"}[value]
         case str():
-            return repr(str(value))
+            return "a secret" if holds_secret(value) else repr(str(value))
         case _:
             return repr(value)
 
@@ -75,20 +75,46 @@ def expand(text: str) -> str:
             raise ValueError(f"${{{name}}} is not set in the environment; set it, or write the value out")
         return found
 
-    expanded = re.sub(r"\$(?:\{(\w+)\}|[A-Za-z_{(])", lookup, text)
-    if not expanded.strip() or re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", expanded):
-        raise ValueError(f"must be text on one line, got {expanded!r}")
-    return expanded
+    whole = re.sub(r"\$(?:\{(\w+)\}|[A-Za-z_{(])", lookup, text)
+    if not whole.strip() or re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", whole):
+        raise ValueError(f"must be text on one line, got {whole!r}")
+    return whole
 
 
 def is_secret(variable: str) -> bool:
     """Does the name of a variable say that nobody should read its value?"""
-    return bool(
-        re.search(r"(^|_)((API_?)?KEY|TOKEN|SECRETS?|PASSWORD|PASSWD|CREDENTIALS?)($|_)", variable.upper())
-    )
+    return bool(_SECRET_NAME.search(variable))
 
 
-def _absolute(value: object) -> object:
+_SECRET_NAME = re.compile(
+    r"(^|_)(API_?KEY|TOKEN|SECRETS?|PASSWORD|PASSWD|CREDENTIALS?)($|_)|_KEY($|_)", re.IGNORECASE
+)
+_ASSIGNED = re.compile(r"\b([A-Za-z_]\w*)=(?=[\"']?[^\s\"'$`])")
+_SECRET_TEXT = re.compile(
+    r"--?(token|password|api-key)\s+[^\s$-]"  # of a command
+    r"|\b(hf_|ghp_|github_pat_|glpat-|nvapi-|sk-)\w{16}"  # by the prefixes that services give theirs
+    r"|://[^/\s:@$]+:[^/\s@$]+@",  # user:password@host
+    re.IGNORECASE,
+)
+
+
+def holds_secret(text: str) -> bool:
+    """Is there something in `text` that looks like a password or a key, rather than a reference to one?"""
+    return bool(_SECRET_TEXT.search(text)) or any(is_secret(name) for name in _ASSIGNED.findall(text))
+
+
+def one_line(text: str) -> str:
+    """`text`, which goes into a job script. Raises ValueError where it would break its line, or holds a secret."""
+    if not text.strip() or not text.isprintable():
+        raise ValueError("must be one line of text, and not empty")
+    if holds_secret(text):
+        raise ValueError(
+            "looks like a secret in plain sight; set a variable where you submit, and name it in environment"
+        )
+    return str(text)
+
+
+def absolute(value: object) -> Path:
     """`value` as an absolute path: relative to its recipe file, else to the working directory."""
     if not isinstance(value, str | Path) or not str(value).strip():
         raise ValueError("must be a path" if value is None else f"must be a path, got {shown_value(value)}")
@@ -96,7 +122,7 @@ def _absolute(value: object) -> object:
     return Path(os.path.abspath(base / os.path.expanduser(expand(str(value)))))
 
 
-def _expanded(value: object) -> object:
+def expanded(value: object) -> object:
     """Text with its variables replaced; the rest is left to pydantic."""
     if value == "":
         raise ValueError("must not be empty; leave the key out for none")
@@ -141,8 +167,8 @@ def _name(pattern: str, allowed: str) -> Callable[[str], str]:
 
 
 # The two kinds of text in which `${NAME}` is looked up: paths, and what a site decides for each user.
-FilePath = Annotated[Path, BeforeValidator(_absolute)]
-EnvText = Annotated[str, BeforeValidator(_expanded), Field(min_length=1)]
+FilePath = Annotated[Path, BeforeValidator(absolute)]
+EnvText = Annotated[str, BeforeValidator(expanded), Field(min_length=1)]
 Duration = Annotated[str, BeforeValidator(_duration)]
 _NAME, _KEY = _name_pattern("_-."), _name_pattern("_-")
 Name = Annotated[str, AfterValidator(_name(_NAME, "_ - .")), Field(json_schema_extra={"pattern": _NAME})]
@@ -157,6 +183,15 @@ Positive = Annotated[int, Strict(), Field(gt=0), _Whole]
 Rate = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Strict(), Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+def default_tag(key: str, tag: str) -> BeforeValidator:
+    """For a union told apart by `key`: a mapping without that key is the variant `tag`."""
+
+    def fill(value: object) -> object:
+        return {key: tag, **value} if isinstance(value, dict) and key not in value else value
+
+    return BeforeValidator(fill)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,9 +227,16 @@ def show_path(at: Iterable[str | int]) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`, did you mean 'small'?` if one of `known` is close to `word`, else nothing.
+    """`, did you mean 'small'?` if one of `known` is close to `word`, else nothing."""
+    near = closest(word, known)
+    return f", did you mean {' or '.join(map(repr, near))}?" if near else ""
 
-    Closest first: the same but for case and punctuation; those that begin with it; few letters differ.
+
+def closest(word: str, known: Iterable[str]) -> list[str]:
+    """Those of `known` that `word` may stand for.
+
+    First choice: the same but for case and punctuation; then those that begin with it; then those of which few
+    letters differ.
     """
 
     def plain(text: str) -> str:
@@ -204,5 +246,4 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     near = [name for name, letters in names.items() if letters == wanted]
     if not near and len(wanted) > 2:
         near = [name for name, letters in names.items() if letters.startswith(wanted)][:2]
-    near = near or difflib.get_close_matches(word, list(names), n=1, cutoff=0.65)
-    return f", did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return near or difflib.get_close_matches(word, list(names), n=1, cutoff=0.65)

@@ -86,7 +86,7 @@ KERNELS = (
 _MEGATRON = Kernel(
     "megatron-core", "megatron-core", ("megatron.core",), "the models", "models are neither built nor trained"
 )
-_EMPTY = "uninstall it, or install transformer_engine[core_cu13,pytorch]"
+_EMPTY = "an empty package: uninstall transformer_engine, or install transformer_engine[core_cu13,pytorch]"
 
 
 def look(kernel: Kernel) -> Finding:
@@ -159,7 +159,7 @@ def _notes(kernel: Kernel, finding: Finding) -> list[str]:
         return [f"{kernel.name} is missing: {kernel.without}"]
     notes = [f"{kernel.name} does not import: {finding.reason}"]
     if "meta package" in finding.reason:
-        notes.append(f"  an empty package, with which megatron-core does not import either: {_EMPTY}")
+        notes.append("  " + _EMPTY)
     return [*notes, f"  without it: {kernel.without}"]
 
 

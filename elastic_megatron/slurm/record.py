@@ -27,7 +27,8 @@ class JobRecord:
 
     @property
     def last(self) -> int:
-        return self.ids[-1]
+        """The newest id, 0 before there is one."""
+        return self.ids[-1] if self.ids else 0
 
 
 @dataclass(frozen=True)

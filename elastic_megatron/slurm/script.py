@@ -19,8 +19,6 @@ from ..recipe.cluster import Apptainer, Docker, NoContainer, Pyxis
 from ..recipe.document import to_yaml
 from ..recipe.slurm import Links, Once
 
-# what every job inherits besides the cluster file's `environment`; SLURM_* come by themselves
-INHERITED = ("HOME", "LANG", "PATH", "USER")
 REQUIRED = ("directives", "tasks")
 RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
@@ -104,13 +102,13 @@ def _filled(template: str, values: Mapping[str, str], name: str) -> str:
 
 
 def _directives(chain: JobChain, job: PlannedJob) -> Iterator[str]:
-    """The options of sbatch, one a line, without ``#SBATCH``."""
+    """The options of sbatch, one a line, without ``#SBATCH``; it reads quotes as a shell does."""
     cluster, slurm = chain.cluster, job.recipe.slurm
     continuation, export = slurm.continuation, job.recipe.job == "export"
     yield f"--job-name={job_name(chain, job)}"
     for flag, value in (("account", cluster.account), ("partition", cluster.partition), ("qos", cluster.qos)):
         if value is not None:
-            yield f"--{flag}={_quoted(value)}"
+            yield f"--{flag}={shlex.quote(value)}"
     yield f"--nodes={job.nodes}"
     yield f"--ntasks-per-node={1 if cluster.launcher == 'torchrun' else job.ranks_per_node}"
     if cluster.gpus_per_node and not export:
@@ -120,15 +118,15 @@ def _directives(chain: JobChain, job: PlannedJob) -> Iterator[str]:
         yield f"--signal=B:USR1@{continuation.lead}"
     yield "--no-requeue" if continuation.kind != "requeue" else "--requeue"
     logs = str(job_dir(chain.run_dir, job.name) / "logs").replace("%", "%%")
-    yield f"--output={_quoted(logs + '/slurm_%j.log')}"
+    yield f"--output={shlex.quote(logs + '/slurm_%j.log')}"
     yield "--open-mode=append"
     yield "--kill-on-invalid-dep=yes"
-    yield f"--export={','.join(dict.fromkeys([*INHERITED, *cluster.environment]))}"
+    yield "--export=ALL"  # a list of names would make Slurm start a login shell for the rest
     for flag, value in {**cluster.sbatch, **slurm.sbatch}.items():
         if value is True:
             yield f"--{flag}"
         elif value is not False:
-            yield f"--{flag}={_quoted(str(value))}"
+            yield f"--{flag}={shlex.quote(str(value))}"
 
 
 def job_name(chain: JobChain, job: PlannedJob) -> str:
@@ -137,11 +135,6 @@ def job_name(chain: JobChain, job: PlannedJob) -> str:
     if links(job) == 1:
         return name
     return f"{name}.{hashlib.sha256(str(chain.run_dir).encode()).hexdigest()[:6]}"
-
-
-def _quoted(value: str) -> str:
-    """sbatch reads quotes as a shell does."""
-    return shlex.quote(value)
 
 
 def _tasks(chain: JobChain, job: PlannedJob) -> str:

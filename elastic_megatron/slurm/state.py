@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import AGAIN
+from ..errors import AGAIN, UserError
 from ..recipe import Recipe, load
 from . import record, scheduler
 from .record import Attempt, JobRecord, Record
@@ -116,10 +116,11 @@ def _ended(found: Record, name: str, job: JobRecord, tries: list[Attempt]) -> tu
 
 
 def _progress(recipe_file: Path) -> tuple[int | None, int | None, float | None]:
-    """(step, steps in all, loss) of a training job."""
-    if not recipe_file.exists():
+    """(step, steps in all, loss) of a training job; nothing of a recipe that somebody broke meanwhile."""
+    try:
+        recipe: Recipe = load(recipe_file)
+    except UserError:
         return None, None, None
-    recipe: Recipe = load(recipe_file)
     if recipe.job != "train":
         return None, None, None
     line = _last_step(recipe.run_dir / "metrics.jsonl")

@@ -25,26 +25,44 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def submit(chain: JobChain, command: Sequence[str] = ()) -> Record:
-    """Write the chain's files and queue its jobs, each after those that it needs.
+def submit(chain: JobChain, command: Sequence[str] = (), again: bool = False) -> dict[str, tuple[int, ...]]:
+    """Write the chain's files and queue its jobs, each after those that it needs; job -> ids in the queue.
 
-    ``command`` is what the user typed, for the record. Raises ``UserError`` where the folder holds a chain that
-    was submitted before, or Slurm refuses a job: those queued before it are then cancelled.
+    Args:
+        command: what the user typed, for the record.
+        again: over a chain that was submitted before; its files are written anew, and jobs that succeeded stay.
+
+    Raises ``UserError`` where the folder holds a chain that was submitted before, and it is not ``again`` or still in
+    the queue; and where Slurm refuses a job: those queued before it are then cancelled.
     """
-    if (before := record.read(chain.run_dir)) is not None:
-        live = scheduler.queue(i for job in before.jobs.values() for i in job.ids)
-        what = f"job {min(live)} of it is in the queue" if live else "it has ended"
-        raise UserError(
-            f"{chain.run_dir} holds a chain that was submitted before ({what}); `resume` continues it, or choose "
-            "another run_dir"
-        )
+    before = record.read(chain.run_dir)
+    if before is not None:
+        _check_again(before, again)
     write(chain)
-    todo = {job.name: JobRecord((), job.after, links(job)) for job in chain.jobs}
+    known = before.jobs if before is not None else {}
+    jobs = {
+        job.name: JobRecord(known[job.name].ids if job.name in known else (), job.after, links(job))
+        for job in chain.jobs
+    }
+    todo = {name: job for name, job in jobs.items() if not record.done(chain.run_dir, name)}
+    for name in todo:
+        (job_dir(chain.run_dir, name) / "failures").unlink(missing_ok=True)
     queued = _queue_all(chain.run_dir, todo)
-    facts = _facts(chain, command)
-    done = Record(chain.run_dir, chain.name, queued, facts)
-    done.save()
-    return done
+    Record(chain.run_dir, chain.name, {**jobs, **queued}, _facts(chain, command)).save()
+    return _new(jobs, queued)
+
+
+def _check_again(before: Record, again: bool) -> None:
+    live = scheduler.queue(i for job in before.jobs.values() for i in job.ids)
+    if live:
+        raise UserError(
+            f"{before.run_dir} holds a chain whose job {min(live)} is queued; cancel it, or choose another run_dir"
+        )
+    if not again:
+        raise UserError(
+            f"{before.run_dir} holds a chain that was submitted before; `resume` continues it with the scripts as they "
+            "stand, `submit --again` writes them anew; or choose another run_dir"
+        )
 
 
 def write(chain: JobChain) -> None:
@@ -95,7 +113,12 @@ def resume(found: Record, names: Collection[str] = ()) -> dict[str, tuple[int, .
         (job_dir(found.run_dir, name) / "failures").unlink(missing_ok=True)
     new = _queue_all(found.run_dir, todo, waiting)
     replace(found, jobs={**found.jobs, **new}).save()
-    return {name: job.ids[len(found.jobs[name].ids) :] for name, job in new.items()}
+    return _new(found.jobs, new)
+
+
+def _new(before: Mapping[str, JobRecord], after: Mapping[str, JobRecord]) -> dict[str, tuple[int, ...]]:
+    """Ids that were added."""
+    return {name: job.ids[len(before[name].ids) :] for name, job in after.items()}
 
 
 def dependency(after: Sequence[int | str], link_count: int) -> str:

@@ -75,11 +75,14 @@ def evaluate(
     space: ElasticSpace | None,
     submodels: Mapping[str, SubmodelSpec],
     windows: Sequence[Tensor],
+    *,
+    batch_size: int = 16,
 ) -> dict[str, dict[str, Any]]:
     """Loss of every submodel, ``{name: {"loss", "tokens"}}``; a model that is not elastic is ``parent``.
 
     Args:
         chunks: this rank's pipeline chunks, bare.
+        batch_size: windows of one forward pass on a rank.
     """
     was_training = chunks[0].training
     device = next(chunks[0].parameters()).device
@@ -92,7 +95,7 @@ def evaluate(
                 mix = SubmodelMix.one_hot(space, spec, device)
                 for chunk in chunks:
                     stack.enter_context(running(chunk, mix))
-            loss, count = token_loss(chunks, windows)
+            loss, count = token_loss(chunks, windows, batch_size=batch_size)
         out[name] = {"loss": loss, "tokens": count}
     for chunk in chunks:
         chunk.train(was_training)

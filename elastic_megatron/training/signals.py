@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# exit status after SIGUSR1, a scheduler's "time is nearly up": nothing went wrong, start me again
-CONTINUE = os.EX_TEMPFAIL
+from ..errors import AGAIN
 
 
 def exit_status(number: signal.Signals) -> int:
-    """Of a process that a signal stopped before its work was complete: ``CONTINUE``, or 128 + n as of a shell."""
-    return CONTINUE if number == signal.SIGUSR1 else 128 + number
+    """Of a process that a signal stopped before its work was complete: ``AGAIN``, or 128 + n as of a shell."""
+    return AGAIN if number == signal.SIGUSR1 else 128 + number
 
 
 @contextmanager

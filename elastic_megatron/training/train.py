@@ -91,7 +91,12 @@ def check_not_quantized(recipe: Recipe) -> None:
 
 
 def _train(
-    recipe: Recipe, source: Source, space: ElasticSpace | None, saved: Path | None, stop: StopSignal, main: bool
+    recipe: Recipe,
+    source: Source,
+    space: ElasticSpace | None,
+    saved: Path | None,
+    stop: StopSignal,
+    main: bool,
 ) -> Outcome:
     """Build, load and run, on ranks that have been joined."""
     model = build_student(recipe, source, space, build_teacher(recipe, source))
@@ -237,7 +242,9 @@ class _Run:
                 router_line(self.model.router, submodels, done, **self.forward_step.temperatures(done - 1)),
             )
         if self.windows:
-            results = evaluate(self.model.chunks, self.model.space, submodels, self.windows)
+            # windows have the first stage's length, whose micro-batches are known to fit
+            size = self.recipe.stages[0].micro_batch_size
+            results = evaluate(self.model.chunks, self.model.space, submodels, self.windows, batch_size=size)
             tokens = self.curriculum.tokens_after(done)
             self.log.event("eval", {"step": done, "tokens": tokens, "submodels": results})
             shown = "  ".join(f"{n} {r['loss']:.4f}" for n, r in results.items())

@@ -27,6 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "router": LEAVES | {"space", "cost", "ops"},
     "checkpoint": LEAVES | {"space", "cost", "ops", "runtime", "blocks", "importance", "recipe"},
     "conversion": LEAVES | {"space", "cost", "checkpoint"},
+    "preflight": LEAVES | {"space", "recipe", "cost", "checkpoint"},
+    "slurm": LEAVES | {"space", "recipe", "cost", "checkpoint"},
     "training": LEAVES
     | {"space", "cost", "ops", "runtime", "recipe", "data", "blocks", "importance", "router", "checkpoint"},
     "integrations": LEAVES
@@ -34,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 ROOF = {"cli", "commands", "quickstart"}
 # Floor 0 and the recipe are read by tools that have no torch.
-WITHOUT_TORCH = {"errors", "space", "recipe", "cost"}
+WITHOUT_TORCH = {"errors", "space", "recipe", "cost", "preflight", "slurm"}
 # The plain entry points of a floor's own command live beside it; they are part of the roof.
 ENTRY_POINTS = {"data/cli.py", "report/cli.py"}
 

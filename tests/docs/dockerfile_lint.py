@@ -69,15 +69,20 @@ def _until(lines: Iterator[tuple[int, str]], mark: str) -> str:
     raise ValueError(f"here-document {mark} has no end")
 
 
-def commands(run: Instruction) -> list[list[str]]:
-    """The simple commands of a RUN as lists of words, without leading assignments."""
-    out: list[list[str]] = [[]]
+def _words(run: Instruction) -> Iterator[str]:
+    """The words and operators of a RUN; a line break is an operator."""
     for line in run.shell().splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
         lexer.whitespace_split, lexer.commenters = True, "#"
-        for word in lexer:
-            out.append([]) if word in ("&&", "||", ";", "|") else out[-1].append(word)
-        out.append([])
+        yield from lexer
+        yield ";"
+
+
+def commands(run: Instruction) -> list[list[str]]:
+    """The simple commands of a RUN as lists of words, without leading assignments."""
+    out: list[list[str]] = [[]]
+    for word in _words(run):
+        out.append([]) if word in ("&&", "||", ";", "|", "|&") else out[-1].append(word)
     return [c for c in (_without_assignments(c) for c in out) if c]
 
 
@@ -136,30 +141,23 @@ def _without_pipefail(file: list[Instruction]) -> Iterator[Instruction]:
     for instruction in file:
         if instruction.name in ("FROM", "SHELL"):
             pipefail = instruction.name == "SHELL" and "pipefail" in instruction.text
-        if instruction.name == "RUN" and not pipefail and re.search(r"[^|]\|[^|]", instruction.shell()):
+        if instruction.name == "RUN" and not pipefail and {"|", "|&"} & set(_words(instruction)):
             yield instruction
 
 
 def _declared(file: list[Instruction]) -> Iterator[tuple[Instruction, str]]:
     for instruction in file:
         if instruction.name in ("ARG", "ENV"):
-            for word in shlex.split(instruction.text):
+            words = shlex.split(instruction.text)
+            for word in [w for w in words if "=" in w] or words[:1]:
                 yield instruction, word.partition("=")[0]
 
 
 def _unused(file: list[Instruction]) -> Iterator[Instruction]:
-    for position, (instruction, name) in enumerate(_declared(file)):
-        later = [i for i in file if i.line > instruction.line]
-        redeclared = {n for i, n in list(_declared(file))[position + 1 :] if i.name == "ARG"}
-        used = any(re.search(rf"\$\{{?{name}\b", i.text + "".join(i.heredocs)) for i in later)
-        if not (used or READ_BY_TOOLS.fullmatch(name)) or (
-            name in redeclared and not _used_by_from(later, name)
-        ):
+    for instruction, name in _declared(file):
+        later = [i.text + "".join(i.heredocs) for i in file if i.line > instruction.line]
+        if not READ_BY_TOOLS.fullmatch(name) and not any(re.search(rf"\$\{{?{name}\b", t) for t in later):
             yield instruction
-
-
-def _used_by_from(file: list[Instruction], name: str) -> bool:
-    return any(i.name == "FROM" and re.search(rf"\$\{{?{name}\b", i.text) for i in file)
 
 
 def _each(found: Iterator[tuple[Instruction, object]]) -> Iterator[Instruction]:

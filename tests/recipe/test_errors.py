@@ -51,7 +51,7 @@ WRONG = {
     ),
     "near and of others": (
         "router: {samples: 3}",
-        "r.yaml:4:10: router: unknown key 'samples', did you mean 'sampling'?; 'samples' belongs to rank",
+        "r.yaml:4:10: router: unknown key 'samples', did you mean 'sampling'?; 'samples' belongs to quantize or rank",
     ),
     "unknown key, far": (
         "teacher: {xyz: 3}",
@@ -123,7 +123,7 @@ WRONG = {
     "budget is no mapping": ("budgets: {small: 3}", "r.yaml:4:11: budgets.small: must be a mapping, got 3"),
     "key of another metric": (
         "budgets:\n  small: {metric: total_params, target: 1, batch_size: 3}",
-        "r.yaml:5:44: budgets.small: unknown key 'batch_size'; 'batch_size' belongs to budgets",
+        "r.yaml:5:44: budgets.small: unknown key 'batch_size'; 'batch_size' belongs to metric: memory_bytes",
     ),
     "memory without length": (
         "budgets:\n  small: {metric: memory_bytes, target: 1}",

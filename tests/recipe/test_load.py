@@ -112,7 +112,7 @@ def test_a_circle_of_extends_is_refused(write: Write) -> None:
         load("a.yaml")
     assert (
         str(caught.value)
-        == "sub/b.yaml:3:5: extends: extends goes round in a circle: a.yaml -> sub/b.yaml -> a.yaml"
+        == "sub/b.yaml:3:5: extends: goes round in a circle: a.yaml -> sub/b.yaml -> a.yaml"
     )
 
 
@@ -158,7 +158,7 @@ def test_dump_loads_back_equal_from_anywhere(write: Write) -> None:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     path=st.text(
-        st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/\x85\u2028\u2029"), min_size=1
+        st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/$\x85\u2028\u2029"), min_size=1
     ).filter(str.strip)
     | st.sampled_from(
         ["on", "1e4", "010", "1:30", "2020-01-01", "~", "null", "#a", "a: b", "0x1F", ".5", "<<", "="]

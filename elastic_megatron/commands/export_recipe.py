@@ -1,0 +1,140 @@
+"""``elastic-megatron export RECIPE``: every directory of a recipe's ``export`` section, in one pass over the weights.
+
+A job that died is started again and finishes the rest. A directory gets its name after its last byte, so that what
+has the name is complete; whether it is *this* recipe's is told by ``exports.json`` in the run folder: what was to
+be written there, noted while the place was still empty.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..conversion import Report, Request
+    from ..conversion.copy import Progress
+    from ..recipe import Recipe
+
+RECORD = "exports.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written now, and the directories that were there already."""
+
+    report: Report
+    kept: Sequence[Path]
+
+
+def export(
+    recipe: Recipe, *, max_shard_bytes: int, trust: bool = False, progress: Progress | None = None
+) -> Exported:
+    """Write the directories of ``recipe.export`` that are not there.
+
+    Args:
+        max_shard_bytes, trust, progress: as in ``conversion.to_hf``.
+
+    Raises ``UserError`` for a recipe without ``export`` or ``model.checkpoint``, where a destination holds something
+    that was not exported from this checkpoint in this way, and as ``conversion.to_hf``.
+    """
+    import torch
+
+    from ..checkpoint.source import open_stored
+    from ..conversion import Report, to_hf
+
+    section, checkpoint = recipe.export, recipe.model.checkpoint
+    if section is None or checkpoint is None:
+        lacking = "export" if section is None else "model.checkpoint"
+        raise UserError(f"the recipe has no {lacking}, so there is nothing to export; add it")
+    source = open_stored(checkpoint)
+    record = _Record(recipe.run_dir / RECORD)
+    origin = {"checkpoint": str(source.path), "digest": digest(source.path), "dtype": section.dtype}
+    requests = requests_of(recipe)
+    wanted = {str(r.directory): origin | _settings(r) for r in requests}
+    missing = [r for r in requests if not record.holds(r.directory, wanted[str(r.directory)])]
+    kept = [r.directory for r in requests if r not in missing]
+    if not missing:
+        return Exported(Report([], 0, 0, 0, section.verify), kept)
+    record.note({str(r.directory): wanted[str(r.directory)] for r in missing})
+    report = to_hf(
+        source,
+        missing,
+        dtype={"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[section.dtype],
+        max_shard_bytes=max_shard_bytes,
+        verify=section.verify,
+        trust=trust,
+        progress=progress,
+    )
+    return Exported(report, kept)
+
+
+def requests_of(recipe: Recipe) -> list[Request]:
+    """The directories that ``recipe.export`` names."""
+    from ..conversion import Request
+
+    section = recipe.export
+    assert section is not None
+    elastic = [] if section.elastic is None else [Request(section.elastic, elastic=True)]
+    folder = section.slices
+    return elastic + [
+        Request(folder / name, name, plain_order=section.plain_order)
+        for name in (section.submodels if folder is not None else ())
+        if folder is not None
+    ]
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 that tells checkpoints apart: of the digests of all files, or else of their names, sizes and times."""
+    from ..checkpoint import integrity
+
+    sealed = folder / integrity.FILE
+    if sealed.exists():
+        return hashlib.sha256(sealed.read_bytes()).hexdigest()
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
+    told = [(str(f.relative_to(folder)), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _settings(request: Request) -> dict[str, Any]:
+    return {name: value for name, value in vars(request).items() if name != "directory"}
+
+
+class _Record:
+    """What each directory was to hold, by the recipes of one run folder."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        try:
+            self.noted: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        except ValueError as error:
+            raise UserError(f"{file} is damaged ({error}); remove it and what was exported") from None
+
+    def holds(self, directory: Path, wanted: Mapping[str, Any]) -> bool:
+        """Is the directory there, as wanted? Raises ``UserError`` where something else is."""
+        if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+            return False
+        noted = self.noted.get(str(directory))
+        if noted == wanted:
+            return True
+        found = "holds something that this recipe did not write"
+        if noted is not None:
+            name = next(key for key in wanted if noted.get(key) != wanted[key])
+            found = f"was exported with another {name}: {noted.get(name)}, not {wanted[name]}"
+        raise UserError(f"{directory} {found}; remove it, or choose another destination")
+
+    def note(self, wanted: Mapping[str, Any]) -> None:
+        self.noted |= wanted
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        written = self.file.with_name(f".{self.file.name}.incomplete")
+        with open(written, "w") as f:
+            json.dump(self.noted, f, indent=1)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(written, self.file)

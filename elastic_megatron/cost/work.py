@@ -1,0 +1,61 @@
+"""Floating-point operations of a job, and the time they take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..space import ParentShape
+from .account import flops_per_token
+from .sizes import sizes_of_parent
+
+
+@dataclass(frozen=True)
+class Fed:
+    """Sequences of one length that a job reads."""
+
+    sequences: int
+    seq_length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.seq_length
+
+
+def forward_flops(shape: ParentShape, fed: Fed) -> float:
+    """One forward pass over all of it (``account.flops_per_token`` says what counts)."""
+    return fed.tokens * flops_per_token(sizes_of_parent(shape), fed.seq_length)
+
+
+def training_flops(
+    shape: ParentShape, teacher: ParentShape | None, fed: Iterable[Fed], *, recompute: bool = False
+) -> float:
+    """Forward and backward pass of the student, 3 forward passes (4 with full recomputation), and 1 of the teacher.
+
+    Every budget costs the whole model, because submodels are trained as masks of it. Evaluation and the optimiser,
+    less than a hundredth in any sensible run, are left out.
+    """
+    passes = 4 if recompute else 3
+    return sum(
+        passes * forward_flops(shape, each) + (forward_flops(teacher, each) if teacher is not None else 0.0)
+        for each in fed
+    )
+
+
+def ranking_flops(shape: ParentShape, fed: Fed, batch: Fed, *, widths: bool, depth: bool) -> float:
+    """What ``rank`` computes: forward passes only.
+
+    Widths take one pass over the samples. Depth measures one ``batch`` without each layer, then again after each layer
+    that is dropped for good: with k of L layers gone, 1 pass of all layers and L - k passes of L - k - 1 layers. Two
+    passes of the batch prove that sorting changed nothing.
+    """
+    layers = shape.num_layers
+    passes = 2.0
+    if depth:
+        passes += sum(1 + (layers - k) * (layers - k - 1) / layers for k in range(layers))
+    return (forward_flops(shape, fed) if widths else 0.0) + passes * forward_flops(shape, batch)
+
+
+def gpu_hours(flops: float, bf16_tflops: float, utilization: float) -> float:
+    """Hours of one GPU at a share of its peak rate."""
+    return flops / (bf16_tflops * 1e12 * utilization) / 3600

@@ -1,0 +1,141 @@
+"""Memory of the fullest rank against the GPU that the cluster file names, and what would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+from ..cost.rank_memory import Load, memory_per_rank, usable
+from ..cost.remedy import problems_of, said
+from ..cost.setting import Change, Setting
+from ..recipe import JobChain, PlannedJob
+from .family import Family, Found, own_steps
+from .layout import setting_of
+
+_GIB = 2**30
+
+
+def memory_problems(chain: JobChain, job: PlannedJob, family: Family) -> Iterator[Found]:
+    """At most one finding: that the fullest moment of a job does not fit, or hardly."""
+    card, setting = chain.cluster.card, setting_of(job, family)
+    if card is None or setting is None:
+        return
+    where = fullest(chain, job, family)
+    if where is None:
+        return
+    key, load = where
+    memory = memory_per_rank(family.shape, setting.parallel, load)
+    if memory["total"] <= usable(card.memory_gib):
+        return
+    over = memory["total"] > card.memory_gib * _GIB
+    change = lighter(chain, setting, load, key, usable(card.memory_gib))
+    remedy = (
+        said(change)
+        if change is not None
+        else "no setting tried here would do; take more nodes or larger GPUs"
+    )
+    yield "error" if over else "warning", f"{_said(memory, chain, over)}; {remedy}"
+
+
+def _said(memory: dict[str, int], chain: JobChain, over: bool) -> str:
+    card, gpu = chain.cluster.card, chain.cluster.gpu
+    assert card is not None
+    name = gpu if isinstance(gpu, str) else getattr(gpu, "name", "GPU")
+    parts = {part: size for part, size in memory.items() if part != "total"}
+    largest = max(parts, key=lambda part: parts[part])
+    limit = f"{card.memory_gib:g} GiB of {name}"
+    if not over:
+        limit = (
+            f"{usable(card.memory_gib) / _GIB:.1f} GiB that CUDA, NCCL and fragmentation leave of the {limit}"
+        )
+    return (
+        f"the fullest rank needs an estimated {memory['total'] / _GIB:.1f} GiB, most of it {largest} "
+        f"({parts[largest] / _GIB:.1f} GiB), more than the {limit}"
+    )
+
+
+def loads(chain: JobChain, job: PlannedJob, family: Family) -> Iterator[tuple[str, Load]]:
+    """What the job computes at a time, and the section of the recipe that says so."""
+    recipe = job.recipe
+    load = Load(
+        0,
+        0,
+        recipe.model.dtype,
+        recipe.job == "train",
+        family.teacher,
+        recipe.job == "train" and bool(recipe.budgets),
+    )
+    if recipe.job == "train":
+        for index, _ in own_steps(chain, job):
+            stage = recipe.stages[index]
+            yield (
+                f"stages.{index}",
+                replace(load, seq_length=stage.seq_length, micro_batch_size=stage.micro_batch_size),
+            )
+    elif recipe.job == "rank":
+        rank = recipe.rank
+        # the logits before and after sorting, and those being compared
+        yield (
+            "rank",
+            replace(load, seq_length=rank.seq_length, micro_batch_size=rank.micro_batch_size, logits=3),
+        )
+
+
+def fullest(chain: JobChain, job: PlannedJob, family: Family) -> tuple[str, Load] | None:
+    """The load that takes most memory."""
+    return max(loads(chain, job, family), key=lambda each: each[1].tokens, default=None)
+
+
+def lighter(chain: JobChain, setting: Setting, load: Load, key: str, limit: float) -> Change | None:
+    """The smallest change of settings that makes a load fit, by the same formulas; the first that does in order.
+
+    Tried are smaller micro-batches, recomputation, more ranks a model, more nodes, and these together.
+    """
+    for change in _changes(chain, setting, load, key):
+        if (legal := _legal(setting, change)) is None:
+            continue
+        changed = setting.changed(legal)
+        assert changed is not None
+        tried = replace(load, micro_batch_size=legal.get(f"{key}.micro_batch_size", load.micro_batch_size))
+        if memory_per_rank(changed.shape, changed.parallel, tried)["total"] <= limit:
+            return legal
+    return None
+
+
+def _legal(setting: Setting, change: Change) -> Change | None:
+    """The change, with one more where the layout then needs it; ``None`` where it does not fit all the same."""
+    changed = setting.changed(change)
+    problems = problems_of(changed) if changed is not None else []
+    if changed is None or not problems:
+        return None if changed is None else change
+    for further in problems[0].changes:
+        if set(further) & set(change):
+            continue
+        both = {**change, **further}
+        mended = setting.changed(both)
+        if mended is not None and not problems_of(mended):
+            return both
+    return None
+
+
+def _changes(chain: JobChain, setting: Setting, load: Load, key: str) -> list[Change]:
+    """Combinations of one value each of what saves memory, few changes first, cheap ones before dear ones."""
+    parallel, micro = setting.parallel, load.micro_batch_size
+    batches = [None, *(n for n in range(micro - 1, 0, -1) if micro % n == 0)]
+    recompute = [None, "full"] if load.training and not parallel.recompute else [None]
+    whole = [None, True] if load.training and not parallel.distributed_optimizer else [None]
+    groups: list[Change] = [{}]
+    for factor in (2, 4, 8, 16, 32):
+        for group in ("context", "tensor", "expert", "pipeline"):
+            groups.append({f"parallel.{group}": getattr(parallel, group) * factor})
+    most, node = chain.cluster.max_nodes, setting.ranks_per_node or 1
+    now = (parallel.world_size or node) // node
+    nodes = [None, *(now * f for f in (2, 4, 8, 16, 32, 64) if most is None or now * f <= most)]
+    out: list[Change] = []
+    for more, group, full, split, batch in product(nodes, groups, recompute, whole, batches):
+        change: dict[str, Any] = {f"{key}.micro_batch_size": batch, "parallel.recompute": full}
+        change |= {"parallel.distributed_optimizer": split, **group, "slurm.nodes": more}
+        out.append({k: v for k, v in change.items() if v is not None})
+    return sorted((c for c in out if c), key=len)

@@ -1,0 +1,137 @@
+"""Files and folders that jobs read and write."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..recipe import JobChain, PlannedJob
+from ..recipe.elastic import LatencyBudget
+from .family import Found, ancestors
+
+
+def path_problems(chain: JobChain, job: PlannedJob) -> Iterator[Found]:
+    """Findings about one job's files, but for the model, which ``Families`` looks for."""
+    for text in (*_data(job), *_others(job), *_export(chain, job), *_shared(chain, job)):
+        yield "error", text
+    text = job.recipe.data.eval_text
+    if text is not None and not text.is_file():
+        yield "warning", f"data.eval_text: {text} is missing; name a text file, or set data.eval_text=null"
+    for key, folder in _written(job):
+        if not os.access(nearest(folder), os.W_OK | os.X_OK):
+            yield "error", f"{key}: {nearest(folder)} cannot be written to; choose another {key}"
+
+
+def nearest(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _written(job: PlannedJob) -> Iterator[tuple[str, Path]]:
+    recipe = job.recipe
+    yield "run_dir", recipe.run_dir
+    if recipe.job == "export" and recipe.export is not None:
+        yield from (("export.elastic", recipe.export.elastic),) if recipe.export.elastic else ()
+        yield from (("export.slices", recipe.export.slices),) if recipe.export.slices else ()
+
+
+def paths_of(chain: JobChain) -> Iterator[tuple[Path, str]]:
+    """Every path that jobs read or write, and which setting names it."""
+    yield chain.run_dir, "run_dir of the chain"
+    for job in chain.jobs:
+        recipe, name = job.recipe, job.name
+        for key, folder in _written(job):
+            yield folder, f"{name}: {key}"
+        if recipe.job != "export":
+            for source in (*recipe.data.train, *recipe.data.valid):
+                yield source.path, f"{name}: data"
+        for key, path in (
+            ("data.cache", recipe.data.cache),
+            ("model.hf", recipe.model.hf),
+            ("model.checkpoint", recipe.model.checkpoint),
+            ("model.tokenizer", recipe.model.tokenizer),
+            ("teacher.checkpoint", recipe.teacher.checkpoint),
+        ):
+            if path is not None:
+                yield path, f"{name}: {key}"
+        for budget, target in recipe.budgets.items():
+            if isinstance(target, LatencyBudget):
+                yield target.table, f"{name}: budgets.{budget}.table"
+
+
+def _data(job: PlannedJob) -> Iterator[str]:
+    read = {"train": ("train", "valid"), "rank": ("train",), "quantize": ("train",)}
+    for key in read.get(job.recipe.job, ()):
+        for index, source in enumerate(getattr(job.recipe.data, key)):
+            missing = [
+                s for s in (".bin", ".idx") if not source.path.with_name(source.path.name + s).is_file()
+            ]
+            if missing:
+                yield (
+                    f"data.{key}.{index}.path: {source.path}{missing[0]} is missing; write it by: elastic-megatron "
+                    f"prepare-data INPUT --output {source.path} --tokenizer DIR"
+                )
+
+
+def _others(job: PlannedJob) -> Iterator[str]:
+    recipe = job.recipe
+    if recipe.model.tokenizer is not None and not recipe.model.tokenizer.is_dir():
+        yield f"model.tokenizer: {recipe.model.tokenizer} is no folder; name that of the model's tokenizer"
+    for name, budget in recipe.budgets.items():
+        if isinstance(budget, LatencyBudget) and not budget.table.is_file():
+            yield f"budgets.{name}.table: {budget.table} is missing; measure it with tools/profile_latency.py"
+
+
+def _export(chain: JobChain, job: PlannedJob) -> Iterator[str]:
+    export = job.recipe.export
+    if job.recipe.job != "export" or export is None:
+        return
+    ours = _exported(job)
+    for key, folder in destinations(job):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and str(folder) not in ours:
+            yield f"{key}: {folder} holds something that this recipe did not write; remove it, or choose another {key}"
+        for other in chain.jobs[: [each.name for each in chain.jobs].index(job.name)]:
+            if folder in [place for _, place in destinations(other)]:
+                yield f"{key}: {folder} is written by job {other.name} too; choose another {key}"
+
+
+def _exported(job: PlannedJob) -> set[str]:
+    """Directories that the recipe's run folder says it wrote; a second run leaves them as they are."""
+    try:
+        return set(json.loads((job.recipe.run_dir / "exports.json").read_text()))
+    except (OSError, ValueError):
+        return set()
+
+
+def destinations(job: PlannedJob) -> list[tuple[str, Path]]:
+    """Directories that an export job writes, and the setting that names each."""
+    export = job.recipe.export if job.recipe.job == "export" else None
+    if export is None:
+        return []
+    out = [("export.elastic", export.elastic)] if export.elastic else []
+    return out + [("export.slices", export.slices / n) for n in export.submodels if export.slices]
+
+
+def _shared(chain: JobChain, job: PlannedJob) -> Iterator[str]:
+    """Two jobs may train in one folder one after the other, as the stages of a run do."""
+    if job.recipe.job == "export":
+        return
+    before = ancestors(chain, job)
+    names = [each.name for each in chain.jobs]
+    for other in chain.jobs[: names.index(job.name)]:
+        if other.recipe.job == "export" or other.recipe.run_dir != job.recipe.run_dir:
+            continue
+        if other.name not in before:
+            yield (
+                f"run_dir: {job.recipe.run_dir} is that of job {other.name} too; add {other.name} to "
+                f"jobs.{job.name}.after, or choose another run_dir"
+            )
+        elif other.recipe.job != job.recipe.job:
+            yield (
+                f"run_dir: {job.recipe.run_dir} holds the checkpoints of job {other.name}, which {job.recipe.job} "
+                "would take for its own; choose another run_dir"
+            )

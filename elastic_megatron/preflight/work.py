@@ -1,0 +1,66 @@
+"""What a job computes, and how long that takes on the GPU that the cluster file names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import ceil
+
+from ..cost.work import Fed, forward_flops, gpu_hours, ranking_flops, training_flops
+from ..recipe import JobChain, PlannedJob
+from ..recipe.slurm import Links, Once
+from ..recipe.types import seconds
+from .family import Family, Found, own_steps
+
+
+def work(chain: JobChain, job: PlannedJob, family: Family) -> tuple[float, int, int]:
+    """(floating-point operations, optimiser steps, tokens) of a job; what an earlier job did of a run is not its."""
+    recipe = job.recipe
+    if recipe.job == "train":
+        own = [(recipe.stages[index], steps) for index, steps in own_steps(chain, job)]
+        fed = [Fed(steps * stage.global_batch_size, stage.seq_length) for stage, steps in own]
+        flops = training_flops(
+            family.shape, family.teacher, fed, recompute=recipe.parallel.recompute == "full"
+        )
+        return flops, sum(steps for _, steps in own), sum(each.tokens for each in fed)
+    if recipe.job == "rank":
+        rank, axes = recipe.rank, set(recipe.space.choices)
+        samples, batch = Fed(rank.samples, rank.seq_length), Fed(rank.micro_batch_size, rank.seq_length)
+        widths, depth = bool(axes - {"num_layers"}), "num_layers" in axes
+        return ranking_flops(family.shape, samples, batch, widths=widths, depth=depth), 0, samples.tokens
+    if recipe.job == "quantize" and recipe.quantize is not None:
+        samples = Fed(recipe.quantize.samples, recipe.quantize.seq_length)
+        return forward_flops(family.shape, samples), 0, samples.tokens
+    return 0.0, 0, 0
+
+
+def job_gpu_hours(chain: JobChain, job: PlannedJob, family: Family) -> float | None:
+    """GPU-hours at ``cluster.utilization`` of the card's peak; ``None`` where no GPU is named."""
+    card = chain.cluster.card
+    flops, _, _ = work(chain, job, family)
+    return None if card is None else gpu_hours(flops, card.bf16_tflops, chain.cluster.utilization)
+
+
+def slurm_jobs(job: PlannedJob, gpu_hours: float) -> int:
+    """How many time limits a job takes, each ending where it is told to save."""
+    continuation = job.recipe.slurm.continuation
+    saves = job.recipe.job == "train" and not isinstance(continuation, Once)
+    useful = seconds(job.time) - (continuation.lead if saves and not isinstance(continuation, Once) else 0)
+    return max(1, ceil(gpu_hours / job.ranks * 3600 / max(1, useful)))
+
+
+def time_problems(chain: JobChain, job: PlannedJob, family: Family) -> Iterator[Found]:
+    """A job that is over before its work is done, by the estimate."""
+    hours, continuation = job_gpu_hours(chain, job, family), job.recipe.slurm.continuation
+    if hours is None or (needed := slurm_jobs(job, hours)) == 1:
+        return
+    estimate = f"an estimated {hours / job.ranks:.1f} hours of work are {needed} times slurm.time={job.time}"
+    if job.recipe.job != "train":
+        yield "warning", f"{estimate}, and a {job.recipe.job} job begins anew each time; raise slurm.time"
+    elif isinstance(continuation, Once):
+        yield (
+            "warning",
+            f"{estimate}, which continuation.kind none allows once; set slurm.continuation.kind=requeue",
+        )
+    elif isinstance(continuation, Links) and needed > continuation.links:
+        text = f"{estimate}, but slurm.continuation.links={continuation.links}"
+        yield "warning", f"{text}; set slurm.continuation.links={needed}"
