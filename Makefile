@@ -14,7 +14,7 @@ setup: .venv/.ok
 	.tools/bin/pip install -q 'uv>=0.9'
 
 .venv/.ok: pyproject.toml uv.lock $(filter .tools/%,$(UV))
-	$(UV) sync --frozen $(PYTHON_ARG)
+	$(UV) sync --frozen --compile-bytecode $(PYTHON_ARG)
 	@touch $@
 
 quickstart: setup

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     With ``--json`` stdout carries the command's one JSON object and everything else goes to stderr.
     """
-    args = build_parser().parse_args(argv)
+    args = _parse(argv)
     _quiet()
     machine_readable = getattr(args, "json", False)
     try:
@@ -99,6 +99,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("this is a defect of elastic-megatron; please report it with the traceback", file=sys.stderr)
         return 1
     return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments, with ``key=value`` overrides also behind options, where argparse no longer expects them."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    overrides = [text for text in rest if hasattr(args, "overrides") and "=" in text and text[0] != "-"]
+    if unknown := [text for text in rest if text not in overrides]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if overrides:
+        args.overrides = [*args.overrides, *overrides]
+    return args
 
 
 @contextlib.contextmanager

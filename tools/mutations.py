@@ -30,6 +30,7 @@ ROUTER = "tests/router/test_budget_router.py"
 MIX = "tests/ops/test_mix.py"
 STREAMS = "tests/conversion/test_streaming.py"
 HF = "tests/checkpoint/test_hf.py"
+SCRIPT = "tests/job_script/test_job_script.py"
 RANK_GRADIENTS = "tests/parallel/test_rank_gradients.py"
 RANK_TRAINING = "tests/parallel/test_training.py"
 RANK_RANKING = "tests/parallel/test_ranking.py"
@@ -187,4 +188,31 @@ MUTATIONS = (
     Mutation("copy", "padding of the vocabulary comes along", "checkpoint/foreign.py",
              "return stated if stated and stated <= rows < stated + padding else rows", "return rows",
              "tests/checkpoint/test_foreign.py"),
+    Mutation("jobs", "failures count although a checkpoint is newer", "slurm/job.sbatch",
+             "else failures=0; fi", "else failures=$((failures + 1)); fi", SCRIPT),
+    Mutation("jobs", "a crash loop goes on", "slurm/job.sbatch",
+             '[ "$failures" -lt "$max_failures" ]; then', "true; then", SCRIPT),
+    Mutation("jobs", "bad input is tried again", "slurm/job.sbatch",
+             '[ "$status" = 2 ] && failures=$max_failures', "true", SCRIPT),
+    Mutation("jobs", "a cancelled job goes back to the queue", "slurm/job.sbatch",
+             '[ "${stopped:-}" != TERM ]', "true", SCRIPT),
+    Mutation("jobs", "the signal stays in the batch shell", "slurm/job.sbatch",
+             "stopped=USR1; kill -USR1 \"$step\"", "stopped=USR1", SCRIPT),
+    Mutation("jobs", "a signal ends the waiting", "slurm/job.sbatch",
+             'while kill -0 "$step" 2>/dev/null; do wait "$step"; done\n', "", SCRIPT),
+    Mutation("jobs", "links that are not needed run again", "slurm/job.sbatch",
+             '[ -e "$job/done" ] && exit 0', "true", SCRIPT),
+    Mutation("jobs", "every attempt writes into the first log", "slurm/job.sbatch",
+             "2>/dev/null) + 1))", "2>/dev/null) * 0 + 1))", SCRIPT),
+    Mutation("jobs", "a fixed port", "slurm/job.sbatch", "15000 + SLURM_JOB_ID % 10000", "29500", SCRIPT),
+    Mutation("jobs", "local ranks count over all nodes", "slurm/script.py",
+             "LOCAL_RANK=$SLURM_LOCALID", "LOCAL_RANK=$SLURM_PROCID", SCRIPT),
+    Mutation("jobs", "paths are not quoted", "slurm/script.py",
+             '"job": shlex.quote(str(job_dir(chain.run_dir, job.name))),',
+             '"job": str(job_dir(chain.run_dir, job.name)),', SCRIPT),
+    Mutation("jobs", "docker gets no variables", "slurm/script.py",
+             '" ".join(f"--env={name}" for name in (*RANK, *cluster.environment))', '""', SCRIPT),
+    Mutation("jobs", "torchrun keeps the signal to itself", "slurm/script.py", ",SIGUSR1", "", SCRIPT),
+    Mutation("jobs", "misspelt placeholders stay", "slurm/script.py",
+             "if unknown := sorted(used - set(values)):", "if unknown := []:", SCRIPT),
 )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import nn
 
 from .. import runtime
 from ..space import ElasticSpace, ParentShape, SubmodelSpec, stage_layers
-from .specs import elastic_hybrid_stack_spec, sliced_stack_spec
+from .specs import elastic_hybrid_stack_spec, sliced_stack_spec, with_mamba_sizes
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ def build_model(
     stages = stage_layers(parent.num_layers, layout.pipeline * chunks)
     model = HybridModel(
         config or transformer_config(parent, dtype, **overrides),
-        spec or runtime.hybrid_stack_spec(),
+        with_mamba_sizes(spec or runtime.hybrid_stack_spec(), parent),
         vocab_size=parent.vocab_size,
         max_sequence_length=parent.max_position_embeddings,
         hybrid_layer_pattern="|".join(parent.hybrid_layer_pattern[s.start : s.stop] for s in stages),

@@ -13,7 +13,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from ..space import ElasticSpace
+from ..space import ElasticSpace, ParentShape
 from .mixers import ElasticMambaMixer, ElasticTopKRouter
 from .stack import ElasticHybridStack
 
@@ -37,6 +37,18 @@ def elastic_hybrid_stack_spec(space: ElasticSpace, stock: ModuleSpec) -> ModuleS
     _expect(submodules.router, TopKRouter)
     submodules.router = ElasticTopKRouter
     moe.mlp = partial(MoELayer, **{**moe.mlp.keywords, "submodules": submodules})
+    return spec
+
+
+def with_mamba_sizes(stock: ModuleSpec, parent: ParentShape) -> ModuleSpec:
+    """A stack spec whose Mamba mixers have the parent's convolution and chunk: Megatron's config has no field for them."""
+    spec = copy.deepcopy(stock)
+    mixer = spec.submodules.mamba_layer.submodules.mixer
+    mixer.params = {
+        **(mixer.params or {}),
+        "d_conv": parent.conv_kernel,
+        "chunk_size": parent.mamba_chunk_size,
+    }
     return spec
 
 

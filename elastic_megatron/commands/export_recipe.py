@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,17 +62,17 @@ def export(
     missing = [r for r in requests if not record.holds(r.directory, wanted[str(r.directory)])]
     kept = [r.directory for r in requests if r not in missing]
     if not missing:
-        return Exported(Report([], 0, 0, 0, section.verify), kept)
-    record.note({str(r.directory): wanted[str(r.directory)] for r in missing})
-    report = to_hf(
-        source,
-        missing,
-        dtype={"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[section.dtype],
-        max_shard_bytes=max_shard_bytes,
-        verify=section.verify,
-        trust=trust,
-        progress=progress,
-    )
+        return Exported(Report([], 0, 0, 0, verified=False), kept)
+    with record.noting({str(r.directory): wanted[str(r.directory)] for r in missing}):
+        report = to_hf(
+            source,
+            missing,
+            dtype={"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[section.dtype],
+            max_shard_bytes=max_shard_bytes,
+            verify=section.verify,
+            trust=trust,
+            progress=progress,
+        )
     return Exported(report, kept)
 
 
@@ -121,20 +122,32 @@ class _Record:
         if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
             return False
         noted = self.noted.get(str(directory))
-        if noted == wanted:
+        if noted is None:
+            found = "holds something that this recipe did not write"
+        elif noted.get("digest") != wanted["digest"]:
+            found = f"was exported from another checkpoint, {noted.get('checkpoint')}"
+        elif other := [key for key in wanted if key != "checkpoint" and noted.get(key) != wanted[key]]:
+            found = f"was exported with {other[0]} {noted.get(other[0])} instead of {wanted[other[0]]}"
+        else:
             return True
-        found = "holds something that this recipe did not write"
-        if noted is not None:
-            name = next(key for key in wanted if noted.get(key) != wanted[key])
-            found = f"was exported with another {name}: {noted.get(name)}, not {wanted[name]}"
         raise UserError(f"{directory} {found}; remove it, or choose another destination")
 
-    def note(self, wanted: Mapping[str, Any]) -> None:
-        self.noted |= wanted
+    @contextmanager
+    def noting(self, wanted: Mapping[str, Any]) -> Iterator[None]:
+        """While directories are written: noted before, and no longer if that fails and they are not there."""
+        self._write({**self.noted, **wanted})
+        try:
+            yield
+        finally:
+            self._write({d: what for d, what in self.noted.items() if d not in wanted or Path(d).exists()})
+
+    def _write(self, noted: dict[str, Any]) -> None:
+        self.noted = noted
         self.file.parent.mkdir(parents=True, exist_ok=True)
         written = self.file.with_name(f".{self.file.name}.incomplete")
         with open(written, "w") as f:
-            json.dump(self.noted, f, indent=1)
+            json.dump(noted, f, indent=1)
+            f.write("\n")
             f.flush()
             os.fsync(f.fileno())
         os.replace(written, self.file)

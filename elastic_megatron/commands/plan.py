@@ -151,7 +151,7 @@ def _of_chain(chain: JobChain, context: int) -> Subject:
         parent,
         elastic_space(job.recipe, parent) if job.recipe.job != "export" else parent.space,
         budgets(job.recipe) or parent.budgets,
-        setting_of(job, families.of(job)),
+        setting_of(chain, job, families.of(job)),
         load,
         load_name,
         context,

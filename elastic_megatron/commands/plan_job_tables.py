@@ -43,8 +43,8 @@ def _work_table(cluster: Cluster, jobs: dict[str, dict[str, Any]]) -> Table:
     if timed:
         assert cluster.card is not None
         table.caption += (
-            f"; GPU-h: hours of a GPU at {say.percent(cluster.utilization)} of {cluster.card.bf16_tflops:g} TFLOP/s (BF16, "
-            f"{_gpu(cluster)}); jobs: time limits that this takes"
+            f"; GPU-h: hours of a GPU at {say.percent(cluster.utilization)} of {cluster.card.bf16_tflops:g} TFLOP/s "
+            f"(BF16, {_gpu(cluster)}); jobs: time limits that this takes"
         )
     for name, job in jobs.items():
         time = (

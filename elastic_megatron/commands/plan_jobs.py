@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,13 @@ def chain_of(source: Path, overrides: Sequence[str]) -> JobChain:
     return JobChain(recipe.name, recipe.run_dir, source, None, cluster, (job,))
 
 
-def setting_of(job: PlannedJob, family: Family) -> Setting:
-    """What the rules of layouts read; of one process for a job that converts."""
-    found = setting_of_job(job, family)
-    return found or Setting.of(family.shape, family.space, job.recipe.parallel)
+def setting_of(chain: JobChain, job: PlannedJob, family: Family) -> Setting:
+    """What the rules of layouts read; of one process for a job that converts. Where a recipe trains nothing yet, its
+    calibration pass counts."""
+    found = setting_of_job(chain, job, family)
+    if found is None:
+        return Setting.of(family.shape, family.space, job.recipe.parallel)
+    return found if found.stages or found.calibration else replace(found, calibration=job.recipe.rank)
 
 
 def fullest_load(chain: JobChain, job: PlannedJob, family: Family) -> tuple[str, Load]:
@@ -60,7 +64,7 @@ def _job(chain: JobChain, job: PlannedJob, family: Family) -> dict[str, Any]:
     known = export or job.recipe.parallel.world_size is not None
     flops, steps, tokens = work(chain, job, family)
     hours = job_gpu_hours(chain, job, family)
-    setting = setting_of(job, family)
+    setting = setting_of(chain, job, family)
     parallel, where = setting.parallel, None if export else fullest(chain, job, family)
     fits = parallel.pipeline * (parallel.virtual_pipeline or 1) <= family.shape.num_layers
     memory = memory_per_rank(family.shape, parallel, where[1]) if where and fits else None

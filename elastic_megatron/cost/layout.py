@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ..space import ElasticSpace, ParentShape
-from .layout_rules import SHARDED_BY, sequence_cut
+from .batch_rules import sequence_cut
+from .layout_rules import SHARDED_BY
 from .parallel import Batch, Layout
 from .rank_memory import memory_per_rank
 from .remedy import described, problems_of

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import lcm, prod
 
-from .parallel import Layout, replicas_per_draw, size_of
+from ..space import ParentShape
+from .parallel import size_of
 from .setting import Change, Setting
 
 # axis -> the group over which its components are dealt to ranks
@@ -72,7 +73,17 @@ def _world(setting: Setting) -> Iterator[Problem]:
         )
         fewer = [c for g in groups for c in lower(setting, g) if g != "expert_tensor"]
         more = [setting.nodes_or_ranks(n) for n in near(world, lcm(prod(sizes), nodes or 1))]
+        more += _per_node(setting, prod(sizes))
         yield Problem(f"{ranks} is not a multiple of {shown} = {prod(sizes)}", (*more, *fewer))
+
+
+def _per_node(setting: Setting, product: int) -> list[Change]:
+    """Ranks of a node, the nearest numbers first, that make whole replicas on as many nodes."""
+    now, most = setting.ranks_per_node, setting.most_per_node
+    if now is None:
+        return []
+    legal = [n for n in range(1, (most or now) + 1) if n != now and setting.nodes * n % product == 0]
+    return [{"slurm.ranks_per_node": n} for n in sorted(legal, key=lambda n: (abs(n - now), -n))]
 
 
 def _switches(setting: Setting) -> Iterator[Problem]:
@@ -86,23 +97,6 @@ def _switches(setting: Setting) -> Iterator[Problem]:
     if parallel.expert > 1 and not moe:
         text = f"parallel.expert={parallel.expert}, but the model has no MoE layers"
         yield Problem(text, ({"parallel.expert": 1},))
-
-
-def _groups(setting: Setting) -> Iterator[Problem]:
-    """Sizes that no submodel changes: SSM groups, KV groups and the vocabulary."""
-    shape, tensor = setting.shape, setting.parallel.tensor
-    groups, keys, fewer = shape.mamba_num_groups, shape.num_query_groups, tuple(lower(setting, "tensor"))
-    if "M" in shape.hybrid_layer_pattern and groups % tensor:
-        yield Problem(
-            f"parallel.tensor={tensor} does not divide mamba_num_groups={groups}, which is not split", fewer
-        )
-    if "*" in shape.hybrid_layer_pattern and keys % tensor and tensor % keys:
-        text = f"parallel.tensor={tensor} is neither a divisor nor a multiple of num_query_groups={keys}"
-        yield Problem(text, fewer)
-    if shape.vocab_size % tensor:
-        padded = -(-shape.vocab_size // tensor) * tensor
-        text = f"parallel.tensor={tensor} does not divide vocab_size={shape.vocab_size}"
-        yield Problem(text, fewer, f"pad the vocabulary to {padded}")
 
 
 def widths_of(setting: Setting, axis: str) -> tuple[int, ...]:
@@ -129,22 +123,56 @@ def other_widths(setting: Setting, axis: str, step: int) -> list[Change]:
     return [{f"space.choices.{axis}": sorted(moved)}]
 
 
-def _widths(setting: Setting) -> Iterator[Problem]:
-    """Every width of every submodel must split evenly, and by whole lanes where the axis is elastic."""
+def _divisions(setting: Setting) -> Iterator[Problem]:
+    """What is dealt to the ranks of a group must split evenly, in every submodel; all that does not is told at once."""
+    shape = setting.shape
+    for group in dict.fromkeys(SHARDED_BY.values()):
+        ranks = size_of(setting.parallel, group)
+        axes = [axis for axis, by in SHARDED_BY.items() if by == group]
+        bad = list(_undivided(shape, ranks)) if group == "tensor" else []
+        fixed, moved = bool(bad), dict[str, object]()
+        for axis in axes:
+            widths = widths_of(setting, axis)
+            if wrong := [w for w in widths if w % ranks]:
+                bad.append(f"{axis}={wrong[0]}" + ("" if wrong[0] == widths[0] else " of a submodel"))
+                others = other_widths(setting, axis, ranks)
+                fixed = fixed or not others
+                moved.update(*others)
+        if bad:
+            changes: list[Change] = [] if fixed else [moved]
+            padded = -(-shape.vocab_size // ranks) * ranks
+            otherwise = f"pad the vocabulary to {padded}" if bad == [_vocabulary(shape)] else ""
+            text = f"parallel.{group}={ranks} does not divide {', '.join(bad)}"
+            yield Problem(text, (*changes, *split_less(setting, group)), otherwise)
+
+
+def _vocabulary(shape: ParentShape) -> str:
+    return f"vocab_size={shape.vocab_size}"
+
+
+def _undivided(shape: ParentShape, tensor: int) -> Iterator[str]:
+    """Sizes that no submodel changes and tensor ranks cannot share."""
+    if "M" in shape.hybrid_layer_pattern and shape.mamba_num_groups % tensor:
+        yield f"mamba_num_groups={shape.mamba_num_groups}"
+    keys = shape.num_query_groups
+    if "*" in shape.hybrid_layer_pattern and keys % tensor and tensor % keys:
+        yield f"num_query_groups={keys} (nor the other way round)"
+    if shape.vocab_size % tensor:
+        yield _vocabulary(shape)
+
+
+def _uneven_lanes(setting: Setting) -> Iterator[Problem]:
+    """Ranks hold an equal share of every submodel where each has whole lanes."""
     space = setting.space
     for axis, group in SHARDED_BY.items():
-        ranks, widths = size_of(setting.parallel, group), widths_of(setting, axis)
-        if not widths or ranks == 1:
+        ranks = size_of(setting.parallel, group)
+        if space is None or axis not in space.axes or any(w % ranks for w in space.choices_of(axis)):
             continue
-        if bad := [w for w in widths if w % ranks]:
-            whose = "" if bad[0] == widths[0] else " of a submodel"
-            text = f"parallel.{group}={ranks} does not divide {axis}={bad[0]}{whose}"
-            yield Problem(text, (*other_widths(setting, axis, ranks), *_fewer(setting, group)))
-        elif space is not None and axis in space.axes and space.lanes_of(axis) % ranks:
+        if space.lanes_of(axis) % ranks:
             yield _lanes(setting, axis, space.lanes_of(axis), group)
 
 
-def _fewer(setting: Setting, group: str) -> list[Change]:
+def split_less(setting: Setting, group: str) -> list[Change]:
     """As ``lower``; experts that are split as everything else is may also be split on their own."""
     if group == "expert_tensor" and setting.parallel.expert_tensor is None:
         return lower(setting, group) + lower(setting, "tensor")
@@ -161,7 +189,7 @@ def _lanes(setting: Setting, axis: str, lanes: int, group: str) -> Problem:
     again = [{f"space.lanes.{axis}": n} for n in range(step, full + 1, step) if full % n == 0]
     if axis == "mamba_num_heads":  # its lanes are the SSM groups
         again = []
-    return Problem(text, (*again[:3], *_fewer(setting, group)))
+    return Problem(text, (*again[:3], *split_less(setting, group)))
 
 
 def _context(setting: Setting) -> Iterator[Problem]:
@@ -203,95 +231,11 @@ def _pipeline(setting: Setting) -> Iterator[Problem]:
         yield Problem(f"{what} is more than the {layers} layers", fewer)
 
 
-def sequence_cut(parallel: Layout) -> int:
-    """Parts of a sequence: 2 x context (for balanced causal masks), then one a tensor rank."""
-    context = parallel.context
-    return lcm(2 * context if context > 1 else 1, context * parallel.tensor if parallel.sequence else 1)
-
-
-def _sequences(setting: Setting) -> Iterator[Problem]:
-    cut = sequence_cut(setting.parallel)
-    fed = [(f"stage {s.name}", f"stages.{i}", s.seq_length) for i, s in enumerate(setting.stages)]
-    if setting.calibration is not None:
-        fed.append(("rank", "rank", setting.calibration.seq_length))
-    for what, key, length in fed:
-        if length % cut:
-            text = (
-                f"{what}: seq_length={length} is not a multiple of {cut}, which context and sequence parallelism "
-                "cut it into"
-            )
-            longer: list[Change] = [{f"{key}.seq_length": n} for n in near(length, cut)]
-            yield Problem(text, (*longer, *lower(setting, "context")))
-
-
-def replicas(setting: Setting) -> int:
-    """Model replicas that the ranks are divided into; 0 where they cannot be."""
-    parallel = setting.parallel
-    whole, rest = divmod(parallel.world_size or 0, parallel.tensor * parallel.pipeline * parallel.context)
-    return 0 if rest else whole
-
-
-def _batches(setting: Setting) -> Iterator[Problem]:
-    number, parallel = replicas(setting), setting.parallel
-    for index, stage in enumerate(setting.stages if number else ()):
-        per_pass, batch, key = stage.micro_batch_size * number, stage.global_batch_size, f"stages.{index}."
-        count, left = divmod(batch, per_pass)
-        if left:
-            text = (
-                f"stage {stage.name}: global_batch_size={batch} is not a multiple of micro_batch_size "
-                f"{stage.micro_batch_size} x {number} data-parallel ranks"
-            )
-            step = lcm(per_pass, stage.draw_size)
-            sizes: list[Change] = [{f"{key}global_batch_size": n} for n in near(batch, step)]
-            yield Problem(text, (*sizes, *_smaller(setting, key, stage.micro_batch_size)))
-        elif parallel.virtual_pipeline is not None and count % parallel.pipeline:
-            text = (
-                f"stage {stage.name}: {count} micro-batches a step are not a multiple of parallel.pipeline="
-                f"{parallel.pipeline}, as virtual_pipeline needs"
-            )
-            step = lcm(per_pass * parallel.pipeline, stage.draw_size)
-            sizes = [{f"{key}global_batch_size": n} for n in near(batch, step)]
-            yield Problem(text, (*sizes, {"parallel.virtual_pipeline": None}))
-
-
-def _smaller(setting: Setting, prefix: str, micro_batch: int) -> list[Change]:
-    return [{f"{prefix}micro_batch_size": n} for n in range(micro_batch - 1, 0, -1) if micro_batch % n == 0]
-
-
-def _draws(setting: Setting) -> Iterator[Problem]:
-    """Ranks that share experts train one submodel at a time (``recipe.checks.draw_problem`` says why)."""
-    together = replicas_per_draw(setting.parallel)
-    for index, stage in enumerate(setting.stages if setting.draws else ()):
-        if stage.draw_size % (stage.micro_batch_size * together):
-            text = (
-                f"stage {stage.name}: {stage.draw_size} sequences share a draw of widths, but {together} data-parallel "
-                f"ranks of micro_batch_size {stage.micro_batch_size} share experts"
-            )
-            yield Problem(text, ({f"stages.{index}.samples_per_draw": stage.micro_batch_size * together},))
-
-
-def _calibration(setting: Setting) -> Iterator[Problem]:
-    number, rank = replicas(setting), setting.calibration
-    if rank is None or number < 2 or rank.samples % (rank.micro_batch_size * number) == 0:
-        return
-    step = rank.micro_batch_size * number
-    text = (
-        f"rank: samples={rank.samples} is not a multiple of micro_batch_size {rank.micro_batch_size} x {number} "
-        "data-parallel ranks"
-    )
-    samples: list[Change] = [{"rank.samples": n} for n in near(rank.samples, step)]
-    yield Problem(text, (*samples, *_smaller(setting, "rank.", rank.micro_batch_size)))
-
-
 RULES: Sequence[Callable[[Setting], Iterator[Problem]]] = (
     _world,
     _switches,
-    _groups,
-    _widths,
+    _divisions,
+    _uneven_lanes,
     _context,
     _pipeline,
-    _sequences,
-    _batches,
-    _draws,
-    _calibration,
 )

@@ -68,12 +68,14 @@ def replicas_per_draw(parallel: Layout) -> int:
 def rank_grids(parallel: Layout) -> tuple[dict[str, int | None], dict[str, int | None]]:
     """How dense and expert parameters lie on the ranks: group -> size, innermost ranks first.
 
-    The product of each grid is the world; ``data`` is None where the world is unknown.
+    The product of each grid is the world; ``data`` is None where the world is unknown, or no multiple of
+    the others.
     """
     grids = []
     for groups in (("tensor", "context", "pipeline"), ("expert_tensor", "expert", "pipeline")):
         sizes: dict[str, int | None] = {group: size_of(parallel, group) for group in groups}
         world = parallel.world_size
-        sizes["data"] = world // prod(size_of(parallel, group) for group in groups) if world else None
+        ranks = prod(size_of(parallel, group) for group in groups)
+        sizes["data"] = None if world is None or world % ranks else world // ranks
         grids.append(sizes)
     return grids[0], grids[1]

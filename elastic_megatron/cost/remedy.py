@@ -3,48 +3,71 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections import Counter
 from typing import Any
 
+from .batch_rules import BATCH_RULES
+from .block_rules import whole_blocks
 from .layout_rules import RULES, Problem
 from .setting import Change, Setting
+
+# how many numbers are changed at most, and how many repairs of what a change breaks are tried
+_DEPTH, _BREADTH = 3, 4
 
 
 def problems_of(setting: Setting) -> list[Problem]:
     """Everything that does not fit."""
-    return [problem for rule in RULES for problem in rule(setting)]
+    return [problem for rule in (*RULES, *BATCH_RULES, whole_blocks) for problem in rule(setting)]
 
 
 def remedies(setting: Setting, problem: Problem, most: int = 2) -> list[Change]:
     """Changes after which this problem is gone and no other has come, at most one for the same keys.
 
-    Single changes are tried first; where none does, with the first repair of what it breaks.
+    A change that breaks something else is taken together with what repairs that, where no simpler one will do.
     """
-    before = len(problems_of(setting))
-    found: dict[tuple[str, ...], Change] = {}
-    for change in problem.changes:
-        if tuple(change) not in found and _left(setting, change) < before:
-            found[tuple(change)] = change
-    for change in problem.changes if not found else ():
-        second = next((c for c in _followed(setting, change) if _left(setting, c) < before), None)
-        if second is not None:
-            found[tuple(second)] = second
-            break
-    return list(found.values())[:most]
+    allowed = Counter(_kind(other) for other in problems_of(setting))
+    allowed.subtract([_kind(problem)])
+    for depth in range(_DEPTH):
+        found: dict[tuple[str, ...], Change] = {}
+        for change in problem.changes:
+            whole = _mended(setting, change, allowed, depth)
+            if whole is not None:
+                found.setdefault(tuple(whole), whole)
+            if len(found) == most:
+                break
+        if found:
+            return list(found.values())
+    return []
 
 
-def _left(setting: Setting, change: Change) -> float:
+def _mended(setting: Setting, change: Change, allowed: Counter[str], depth: int) -> Change | None:
+    """The change, with at most ``depth`` more, if then no problems but those allowed are left."""
     changed = setting.changed(change)
-    return float("inf") if changed is None else len(problems_of(changed))
+    if changed is None:
+        return None
+    left = Counter(allowed)
+    for problem in problems_of(changed):
+        left[_kind(problem)] -= 1
+        if left[_kind(problem)] < 0:
+            return _mended_further(setting, change, problem, allowed, depth)
+    return change
 
 
-def _followed(setting: Setting, change: Change) -> Iterator[Change]:
-    """A change together with each change that may mend what it breaks."""
-    changed = setting.changed(change)
-    known = {problem.text for problem in problems_of(setting)}
-    for problem in problems_of(changed) if changed is not None else ():
-        if problem.text not in known:
-            yield from ({**change, **further} for further in problem.changes)
+def _mended_further(
+    setting: Setting, change: Change, problem: Problem, allowed: Counter[str], depth: int
+) -> Change | None:
+    for further in problem.changes[:_BREADTH] if depth else ():
+        if not set(further) & set(change):
+            whole = _mended(setting, {**change, **further}, allowed, depth - 1)
+            if whole is not None:
+                return whole
+    return None
+
+
+def _kind(problem: Problem) -> str:
+    """What a problem says, whatever the numbers are."""
+    return re.sub(r"\d+", "#", problem.text)
 
 
 def described(setting: Setting, problem: Problem) -> str:
@@ -57,8 +80,9 @@ def described(setting: Setting, problem: Problem) -> str:
 def said(change: Change) -> str:
     """`set KEY=VALUE and KEY=VALUE`, each as an override on the command line."""
     again = " and rank again" if any(key.startswith("space.lanes.") for key in change) else ""
-    return "set " + " and ".join(f"{key}={_value(value)}" for key, value in change.items()) + again
+    return "set " + " and ".join(f"{key}={written(value)}" for key, value in change.items()) + again
 
 
-def _value(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
+def written(value: Any) -> str:
+    """A value as an override has it."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

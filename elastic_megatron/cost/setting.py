@@ -13,6 +13,8 @@ from .parallel import Batch, Layout
 
 # key of the recipe, as a `key=value` override writes it -> its new value
 Change = Mapping[str, Any]
+# format -> neighbouring input columns that share a scale
+BLOCKS = {"fp8": 1, "nvfp4": 16}
 
 
 class Calibration(Protocol):
@@ -48,7 +50,8 @@ class Setting:
 
     Args:
         stages: of training; ``calibration``: of one pass over data instead.
-        ranks_per_node: where the ranks are counted in nodes, else ``None``.
+        ranks_per_node: where the ranks are counted in nodes, else ``None``; ``most_per_node`` and ``most_nodes`` limit
+            what may be asked for.
         blocks: columns of a quantisation block, 1 without: every rank's share of a width is whole blocks.
         draws: do the stages draw widths (a run with budgets)?
         granule: axis -> what its widths are multiples of, as the recipe wants it.
@@ -60,6 +63,8 @@ class Setting:
     stages: tuple[Batch, ...] = ()
     calibration: Calibration | None = None
     ranks_per_node: int | None = None
+    most_per_node: int | None = None
+    most_nodes: int | None = None
     blocks: int = 1
     draws: bool = False
     granule: Mapping[str, int] = field(default_factory=dict)
@@ -83,9 +88,14 @@ class Setting:
             if section == "parallel":
                 setting = replace(setting, parallel=replace(setting.parallel, **{name: _plain(name, value)}))
             elif section == "slurm":
-                assert name == "nodes" and setting.ranks_per_node
-                world = value * setting.ranks_per_node
-                setting = replace(setting, parallel=replace(setting.parallel, world_size=world))
+                nodes, node = setting.nodes, setting.ranks_per_node or 1
+                nodes, node = (value, node) if name == "nodes" else (nodes, value)
+                if setting.most_nodes is not None and nodes > setting.most_nodes:
+                    return None
+                parallel = replace(setting.parallel, world_size=nodes * node)
+                setting = replace(setting, parallel=parallel, ranks_per_node=node)
+            elif section == "quantize" and name == "format":
+                setting = replace(setting, blocks=BLOCKS[value])
             elif section == "rank":
                 setting = replace(setting, calibration=_with(setting.calibration, name, value))
             elif section == "stages":
@@ -100,6 +110,10 @@ class Setting:
                     return None
                 setting = replace(setting, space=space)
         return setting
+
+    @property
+    def nodes(self) -> int:
+        return (self.parallel.world_size or 1) // (self.ranks_per_node or 1)
 
     def nodes_or_ranks(self, ranks: int) -> Change:
         """The change that starts this many ranks."""

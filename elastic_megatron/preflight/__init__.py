@@ -8,12 +8,13 @@ from typing import Literal
 
 from ..errors import UserError
 from ..recipe import JobChain, PlannedJob
-from .cluster import cluster_problems, limit_problems
+from .cluster import cluster_problems, time_limit
 from .disk import disk_problems
 from .family import Families, Found
 from .layout import job_problems
 from .memory import memory_problems
 from .paths import path_problems
+from .runs import shared_runs
 from .work import time_problems
 
 
@@ -51,8 +52,9 @@ def preflight(chain: JobChain) -> list[Finding]:
 
 
 def _of_job(chain: JobChain, job: PlannedJob, families: Families) -> Iterator[Found]:
-    yield from limit_problems(chain, job)
+    yield from time_limit(chain, job)
     yield from path_problems(chain, job)
+    yield from shared_runs(chain, job)
     try:
         family = families.of(job)
     except UserError as error:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ..recipe import JobChain, PlannedJob
 from ..recipe.cluster import NoContainer
-from ..recipe.slurm import Once
 from ..recipe.types import seconds
 from .family import Found
 from .paths import paths_of
@@ -20,22 +19,12 @@ def cluster_problems(chain: JobChain) -> Iterator[Found]:
     yield from _container(chain)
 
 
-def limit_problems(chain: JobChain, job: PlannedJob) -> Iterator[Found]:
+def time_limit(chain: JobChain, job: PlannedJob) -> Iterator[Found]:
     """What a job asks for against what it may have."""
-    cluster, continuation = chain.cluster, job.recipe.slurm.continuation
-    if cluster.max_nodes is not None and job.nodes > cluster.max_nodes:
-        text = f"slurm.nodes={job.nodes} is more than the cluster's max_nodes={cluster.max_nodes}"
-        yield "error", f"{text}; set slurm.nodes={cluster.max_nodes}"
-    if cluster.max_time is not None and seconds(job.time) > seconds(cluster.max_time):
-        text = f"slurm.time={job.time} is longer than the cluster's max_time={cluster.max_time}"
-        yield "error", f"{text}; set slurm.time={cluster.max_time}"
-    train = job.recipe.job == "train"  # the others are not told to save
-    if train and not isinstance(continuation, Once) and continuation.lead >= seconds(job.time):
-        text = f"slurm.continuation.lead={continuation.lead} seconds leave nothing of slurm.time={job.time}"
-        yield "error", f"{text}; set slurm.continuation.lead={max(1, seconds(job.time) // 5)}"
-    if cluster.gpus_per_node and job.ranks_per_node > cluster.gpus_per_node and job.recipe.job != "export":
-        text = f"slurm.ranks_per_node={job.ranks_per_node} is more than the cluster's gpus_per_node="
-        yield "error", f"{text}{cluster.gpus_per_node}; set slurm.ranks_per_node={cluster.gpus_per_node}"
+    most = chain.cluster.max_time
+    if most is not None and seconds(job.time) > seconds(most):
+        text = f"slurm.time={job.time} is longer than the cluster's max_time={most}"
+        yield "error", f"{text}; set slurm.time={most}"
 
 
 def _environment(chain: JobChain) -> Iterator[Found]:

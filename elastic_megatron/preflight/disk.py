@@ -3,59 +3,76 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..cost import account
 from ..errors import UserError
 from ..recipe import JobChain, PlannedJob
 from .family import Families, Family, Found
-from .paths import destinations, nearest
+from .paths import destinations, nearest, writable
 
 _GIB = 2**30
 
 
 def disk_problems(chain: JobChain, families: Families) -> Iterator[Found]:
     """A finding for each disk that has less room than the chain will write to it."""
-    wanted: dict[int, int] = {}
-    places: dict[int, Path] = {}
-    for path, size in written(chain, families).items():
-        place = nearest(path)
-        device = place.stat().st_dev
-        wanted[device] = wanted.get(device, 0) + size
-        places.setdefault(device, place)
-    for device, size in wanted.items():
-        free = shutil.disk_usage(places[device]).free
-        if size > free:
-            yield (
-                "error",
-                f"{places[device]} has {free / _GIB:.1f} GiB free, checkpoints and exports of this chain take "
-                f"{size / _GIB:.1f} GiB{_lower(chain)}; free space, or set run_dir to another disk",
-            )
+    keeps = {job.name: job.recipe.checkpoint.keep_last for job in chain.jobs if job.recipe.job == "train"}
+    for place, size in wanted(chain, families, keeps).items():
+        free = shutil.disk_usage(place).free
+        if size <= free:
+            continue
+        text = f"{place} has {free / _GIB:.1f} GiB free, checkpoints and exports will take {size / _GIB:.1f} GiB of it"
+        yield "error", f"{text}; {_remedy(chain, families, keeps, place, size - free)}"
 
 
-def _lower(chain: JobChain) -> str:
-    kept = max(
-        (job.recipe.checkpoint.keep_last for job in chain.jobs if job.recipe.job == "train"), default=1
+def _remedy(chain: JobChain, families: Families, keeps: Mapping[str, int], place: Path, lacking: int) -> str:
+    """To keep as many checkpoints as there is room for, or else to make room."""
+
+    def too_large(keep: int) -> bool:
+        sizes = wanted(chain, families, {name: min(keep, kept) for name, kept in keeps.items()})
+        return sizes[place] > shutil.disk_usage(place).free
+
+    most = bisect_left(range(1, max(keeps.values(), default=1)), True, key=too_large)
+    if most == 0:
+        return f"free {lacking / _GIB:.1f} GiB there, or choose a run_dir on another disk"
+    return "set " + " and ".join(
+        f"{n}.checkpoint.keep_last={most}" for n, kept in keeps.items() if kept > most
     )
-    return f" (checkpoint.keep_last={kept}, and the one being written)" if kept > 1 else ""
 
 
-def written(chain: JobChain, families: Families) -> dict[Path, int]:
-    """Bytes at a time in each folder that jobs write; jobs without a known model are left out."""
-    out: dict[Path, int] = {}
+def wanted(chain: JobChain, families: Families, keeps: Mapping[str, int]) -> dict[Path, int]:
+    """Bytes that jobs will write beyond what is there, by disk, each named by a folder on it.
+
+    Args:
+        keeps: name of a training job -> checkpoints that it keeps; one more is there while it is written.
+    """
+    folders: dict[Path, int] = {}
     for job in chain.jobs:
         try:
             family = families.of(job)
         except UserError:
-            continue
+            continue  # a finding of its own
         if job.recipe.job == "export":
-            for path, size in export_bytes(job, family).items():
-                out[path] = size
-        else:
-            folder = job.recipe.run_dir / "checkpoints"
-            out[folder] = max(out.get(folder, 0), checkpoint_bytes(job, family) * copies(job))
+            folders |= export_bytes(job, family)
+            continue
+        folder = job.recipe.run_dir / "checkpoints"
+        size = checkpoint_bytes(job, family) * (keeps.get(job.name, 0) + 1)
+        folders[folder] = max(folders.get(folder, 0), size)
+    disks: dict[int, Path] = {}
+    out: dict[Path, int] = {}
+    for folder, size in folders.items():
+        if not writable(folder):
+            continue  # likewise
+        place = disks.setdefault(nearest(folder).stat().st_dev, nearest(folder))
+        out[place] = out.get(place, 0) + max(0, size - _there(folder))
     return out
+
+
+def _there(folder: Path) -> int:
+    """Bytes of the files in a folder, which later ones will replace."""
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0
 
 
 def copies(job: PlannedJob) -> int:

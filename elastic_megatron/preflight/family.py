@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -131,21 +132,20 @@ class Families:
         made = self._earlier(job, key, path, maker(self.chain, path))
         if made is not None:
             return self.of(made).result
-        try:
+        with _named(key):
             return Manifest.read(resolve(path) / FILE)
-        except UserError as error:
-            raise UserError(f"{key}: {error}") from None
 
     def _hf(self, job: PlannedJob, path: Path) -> Manifest:
         made = self._earlier(job, "model.hf", path, exporter(self.chain, path))
         if made is None:
-            return hf_manifest(path)
+            with _named("model.hf"):
+                return hf_manifest(path)
         export = made.recipe.export
         assert export is not None
         if path != export.elastic:
             raise UserError(
-                f"model.hf: {path} is a submodel whose widths job {made.name} has yet to learn; start from its elastic "
-                "export, or submit this job once that one is done"
+                f"model.hf: {path} is a submodel whose widths are yet to be learnt; start from the elastic export of "
+                f"{made.name}, or submit this job once that one is done"
             )
         return self.of(made).result
 
@@ -162,6 +162,15 @@ class Families:
         if names.index(other.name) > names.index(job.name):
             add = f"move job {other.name} above {job.name} and {add}"
         raise UserError(f"{key}: {path} is written by job {other.name}, which need not be done before; {add}")
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Errors begin with the setting that named the path."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def _result(job: PlannedJob, parent: Manifest, space: ElasticSpace | None) -> Manifest:

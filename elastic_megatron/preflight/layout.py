@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 
+from ..cost.layout_rules import Problem, lower
 from ..cost.remedy import described, problems_of
-from ..cost.setting import Setting
+from ..cost.setting import BLOCKS, Setting
 from ..recipe import JobChain, PlannedJob
-from ..recipe.types import did_you_mean
 from .family import Family, Found, own_steps
-
-NVFP4_BLOCK = 16
 
 
 def job_problems(chain: JobChain, job: PlannedJob, family: Family) -> Iterator[Found]:
     """Findings about the numbers of one job."""
     for text in refused(job, family):
         yield "error", text
-    if (setting := setting_of(job, family)) is not None:
-        for problem in problems_of(setting):
+    if (setting := setting_of(chain, job, family)) is not None:
+        for problem in (*limits(setting), *problems_of(setting)):
             yield "error", described(setting, problem)
+        if chain.cluster.gpus_per_node:
+            for problem in across_nodes(setting):
+                yield "warning", described(setting, problem)
     yield from _long_sequences(chain, job, family)
-    yield from _across_nodes(chain, job)
 
 
-def setting_of(job: PlannedJob, family: Family) -> Setting | None:
+def setting_of(chain: JobChain, job: PlannedJob, family: Family) -> Setting | None:
     """The numbers that the rules of layouts read; ``None`` for a job that is one process."""
     recipe = job.recipe
     if recipe.job == "export":
@@ -37,9 +38,11 @@ def setting_of(job: PlannedJob, family: Family) -> Setting | None:
         family.space,
         parallel,
         recipe.stages if train else (),
-        calibration={"rank": recipe.rank, "quantize": recipe.quantize}.get(recipe.job),
+        calibration=recipe.rank if recipe.job == "rank" else None,
         ranks_per_node=job.ranks_per_node,
-        blocks=NVFP4_BLOCK if recipe.quantize is not None and recipe.quantize.format == "nvfp4" else 1,
+        most_per_node=chain.cluster.gpus_per_node or None,
+        most_nodes=chain.cluster.max_nodes,
+        blocks=BLOCKS[recipe.quantize.format] if recipe.quantize is not None else 1,
         draws=train and bool(recipe.budgets),
         granule=recipe.space.granule,
     )
@@ -102,13 +105,12 @@ def _export(job: PlannedJob, family: Family) -> Iterator[str]:
     assert export is not None
     if export.elastic is not None and not known:
         yield "export.elastic: the model has no submodels; train it with budgets first, or set export.elastic=null"
-    for name in export.submodels:
-        if name not in known:
-            hint = (
-                did_you_mean(name, known)
-                or f"; there are {', '.join(known) or 'none: train with budgets first'}"
-            )
-            yield f"export.submodels: there will be no submodel {name!r}{hint}"
+    if unknown := [name for name in export.submodels if name not in known]:
+        near = [difflib.get_close_matches(name, known, n=1) for name in export.submodels]
+        meant = list(dict.fromkeys(name for match in near for name in match)) or known
+        remedy = f"set export.submodels=[{','.join(meant)}]" if known else "train it with budgets first"
+        named = ", ".join(known) or "none at all"
+        yield f"export.submodels: there will be no {', '.join(unknown)}, but {named}; {remedy}"
 
 
 def _long_sequences(chain: JobChain, job: PlannedJob, family: Family) -> Iterator[Found]:
@@ -130,11 +132,21 @@ def _long_sequences(chain: JobChain, job: PlannedJob, family: Family) -> Iterato
             )
 
 
-def _across_nodes(chain: JobChain, job: PlannedJob) -> Iterator[Found]:
-    tensor, node = job.recipe.parallel.tensor, job.ranks_per_node
-    if job.recipe.job != "export" and tensor > node and chain.cluster.gpus_per_node:
-        yield (
-            "warning",
-            f"parallel.tensor={tensor} spans nodes of {node} ranks, and every layer then waits for the network; "
-            f"set parallel.tensor={max(n for n in range(1, node + 1) if tensor % n == 0)}",
-        )
+def limits(setting: Setting) -> Iterator[Problem]:
+    """More nodes, or ranks on a node, than the cluster has."""
+    nodes, node, most = setting.nodes, setting.ranks_per_node or 1, setting.most_nodes
+    if most is not None and nodes > most:
+        text = f"slurm.nodes={nodes} is more than the cluster's max_nodes={most}"
+        yield Problem(text, tuple({"slurm.nodes": n} for n in range(most, 0, -1)))
+    most = setting.most_per_node
+    if most is not None and node > most:
+        text = f"slurm.ranks_per_node={node} is more than the cluster's gpus_per_node={most}"
+        yield Problem(text, tuple({"slurm.ranks_per_node": n} for n in range(most, 0, -1)))
+
+
+def across_nodes(setting: Setting) -> Iterator[Problem]:
+    """Tensor parallelism over the network, which every layer would wait for."""
+    tensor, node = setting.parallel.tensor, setting.ranks_per_node or 1
+    if tensor > node:
+        text = f"parallel.tensor={tensor} spans nodes of {node} ranks, and every layer waits for the network"
+        yield Problem(text, tuple(c for c in lower(setting, "tensor") if c["parallel.tensor"] <= node))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+from ..cost.batch_rules import sequence_cut
 from ..cost.rank_memory import Load, memory_per_rank, usable
 from ..cost.remedy import problems_of, said
 from ..cost.setting import Change, Setting
@@ -19,7 +20,7 @@ _GIB = 2**30
 
 def memory_problems(chain: JobChain, job: PlannedJob, family: Family) -> Iterator[Found]:
     """At most one finding: that the fullest moment of a job does not fit, or hardly."""
-    card, setting = chain.cluster.card, setting_of(job, family)
+    card, setting = chain.cluster.card, setting_of(chain, job, family)
     if card is None or setting is None:
         return
     where = fullest(chain, job, family)
@@ -30,11 +31,9 @@ def memory_problems(chain: JobChain, job: PlannedJob, family: Family) -> Iterato
     if memory["total"] <= usable(card.memory_gib):
         return
     over = memory["total"] > card.memory_gib * _GIB
-    change = lighter(chain, setting, load, key, usable(card.memory_gib))
+    change = lighter(setting, load, key, usable(card.memory_gib))
     remedy = (
-        said(change)
-        if change is not None
-        else "no setting tried here would do; take more nodes or larger GPUs"
+        said(change) if change is not None else "no setting tried would do; take more nodes or larger GPUs"
     )
     yield "error" if over else "warning", f"{_said(memory, chain, over)}; {remedy}"
 
@@ -88,20 +87,28 @@ def fullest(chain: JobChain, job: PlannedJob, family: Family) -> tuple[str, Load
     return max(loads(chain, job, family), key=lambda each: each[1].tokens, default=None)
 
 
-def lighter(chain: JobChain, setting: Setting, load: Load, key: str, limit: float) -> Change | None:
+def lighter(setting: Setting, load: Load, key: str, limit: float) -> Change | None:
     """The smallest change of settings that makes a load fit, by the same formulas; the first that does in order.
 
-    Tried are smaller micro-batches, recomputation, more ranks a model, more nodes, and these together.
+    Tried are smaller micro-batches, recomputation, more ranks a model, more nodes, these together, and last of all
+    shorter sequences.
     """
-    for change in _changes(chain, setting, load, key):
+    for change in (*_changes(setting, load, key), *_shorter(setting, load, key)):
         if (legal := _legal(setting, change)) is None:
             continue
         changed = setting.changed(legal)
         assert changed is not None
-        tried = replace(load, micro_batch_size=legal.get(f"{key}.micro_batch_size", load.micro_batch_size))
-        if memory_per_rank(changed.shape, changed.parallel, tried)["total"] <= limit:
+        fed = {n: legal.get(f"{key}.{n}", getattr(load, n)) for n in ("seq_length", "micro_batch_size")}
+        if memory_per_rank(changed.shape, changed.parallel, replace(load, **fed))["total"] <= limit:
             return legal
     return None
+
+
+def _shorter(setting: Setting, load: Load, key: str) -> list[Change]:
+    lengths, cut = [load.seq_length // 2], sequence_cut(setting.parallel)
+    while lengths[-1] >= 2 * cut:
+        lengths.append(lengths[-1] // 2)
+    return [{f"{key}.seq_length": max(1, length // cut) * cut} for length in lengths]
 
 
 def _legal(setting: Setting, change: Change) -> Change | None:
@@ -111,7 +118,7 @@ def _legal(setting: Setting, change: Change) -> Change | None:
     if changed is None or not problems:
         return None if changed is None else change
     for further in problems[0].changes:
-        if set(further) & set(change):
+        if set(further) & set(change) or any(key.startswith("space.") for key in further):
             continue
         both = {**change, **further}
         mended = setting.changed(both)
@@ -120,7 +127,7 @@ def _legal(setting: Setting, change: Change) -> Change | None:
     return None
 
 
-def _changes(chain: JobChain, setting: Setting, load: Load, key: str) -> list[Change]:
+def _changes(setting: Setting, load: Load, key: str) -> list[Change]:
     """Combinations of one value each of what saves memory, few changes first, cheap ones before dear ones."""
     parallel, micro = setting.parallel, load.micro_batch_size
     batches = [None, *(n for n in range(micro - 1, 0, -1) if micro % n == 0)]
@@ -130,9 +137,7 @@ def _changes(chain: JobChain, setting: Setting, load: Load, key: str) -> list[Ch
     for factor in (2, 4, 8, 16, 32):
         for group in ("context", "tensor", "expert", "pipeline"):
             groups.append({f"parallel.{group}": getattr(parallel, group) * factor})
-    most, node = chain.cluster.max_nodes, setting.ranks_per_node or 1
-    now = (parallel.world_size or node) // node
-    nodes = [None, *(now * f for f in (2, 4, 8, 16, 32, 64) if most is None or now * f <= most)]
+    nodes = [None, *(setting.nodes * factor for factor in (2, 4, 8, 16, 32, 64))]
     out: list[Change] = []
     for more, group, full, split, batch in product(nodes, groups, recompute, whole, batches):
         change: dict[str, Any] = {f"{key}.micro_batch_size": batch, "parallel.recompute": full}

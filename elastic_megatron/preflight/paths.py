@@ -9,18 +9,15 @@ from pathlib import Path
 
 from ..recipe import JobChain, PlannedJob
 from ..recipe.elastic import LatencyBudget
-from .family import Found, ancestors
+from .family import Found
 
 
 def path_problems(chain: JobChain, job: PlannedJob) -> Iterator[Found]:
     """Findings about one job's files, but for the model, which ``Families`` looks for."""
-    for text in (*_data(job), *_others(job), *_export(chain, job), *_shared(chain, job)):
+    for text in (*_data(job), *_others(job), *_export(chain, job)):
         yield "error", text
-    text = job.recipe.data.eval_text
-    if text is not None and not text.is_file():
-        yield "warning", f"data.eval_text: {text} is missing; name a text file, or set data.eval_text=null"
     for key, folder in _written(job):
-        if not os.access(nearest(folder), os.W_OK | os.X_OK):
+        if not writable(folder):
             yield "error", f"{key}: {nearest(folder)} cannot be written to; choose another {key}"
 
 
@@ -29,6 +26,11 @@ def nearest(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
+
+
+def writable(folder: Path) -> bool:
+    """Can the folder be made, or be written to?"""
+    return nearest(folder).is_dir() and os.access(nearest(folder), os.W_OK | os.X_OK)
 
 
 def _written(job: PlannedJob) -> Iterator[tuple[str, Path]]:
@@ -114,24 +116,3 @@ def destinations(job: PlannedJob) -> list[tuple[str, Path]]:
         return []
     out = [("export.elastic", export.elastic)] if export.elastic else []
     return out + [("export.slices", export.slices / n) for n in export.submodels if export.slices]
-
-
-def _shared(chain: JobChain, job: PlannedJob) -> Iterator[str]:
-    """Two jobs may train in one folder one after the other, as the stages of a run do."""
-    if job.recipe.job == "export":
-        return
-    before = ancestors(chain, job)
-    names = [each.name for each in chain.jobs]
-    for other in chain.jobs[: names.index(job.name)]:
-        if other.recipe.job == "export" or other.recipe.run_dir != job.recipe.run_dir:
-            continue
-        if other.name not in before:
-            yield (
-                f"run_dir: {job.recipe.run_dir} is that of job {other.name} too; add {other.name} to "
-                f"jobs.{job.name}.after, or choose another run_dir"
-            )
-        elif other.recipe.job != job.recipe.job:
-            yield (
-                f"run_dir: {job.recipe.run_dir} holds the checkpoints of job {other.name}, which {job.recipe.job} "
-                "would take for its own; choose another run_dir"
-            )

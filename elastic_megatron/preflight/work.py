@@ -53,14 +53,13 @@ def time_problems(chain: JobChain, job: PlannedJob, family: Family) -> Iterator[
     hours, continuation = job_gpu_hours(chain, job, family), job.recipe.slurm.continuation
     if hours is None or (needed := slurm_jobs(job, hours)) == 1:
         return
-    estimate = f"an estimated {hours / job.ranks:.1f} hours of work are {needed} times slurm.time={job.time}"
+    minutes = ceil(hours / job.ranks * 60)
+    estimate = f"an estimated {minutes} minutes of work take {needed} times slurm.time={job.time}"
+    longer = f"set slurm.time={minutes // 60}:{minutes % 60:02}:00"
     if job.recipe.job != "train":
-        yield "warning", f"{estimate}, and a {job.recipe.job} job begins anew each time; raise slurm.time"
+        yield "warning", f"{estimate}, and a {job.recipe.job} job begins anew each time; {longer}"
     elif isinstance(continuation, Once):
-        yield (
-            "warning",
-            f"{estimate}, which continuation.kind none allows once; set slurm.continuation.kind=requeue",
-        )
+        yield "warning", f"{estimate}, and slurm.continuation.kind=none means one job; {longer}"
     elif isinstance(continuation, Links) and needed > continuation.links:
         text = f"{estimate}, but slurm.continuation.links={continuation.links}"
         yield "warning", f"{text}; set slurm.continuation.links={needed}"

@@ -5,7 +5,7 @@ from elastic_megatron.recipe.cluster import Cluster
 from elastic_megatron.recipe.jobs import JobChain, PlannedJob, is_chain, load_jobs
 from elastic_megatron.recipe.load import dump, json_schema, load
 from elastic_megatron.recipe.schema import Recipe
-from elastic_megatron.recipe.show import describe
+from elastic_megatron.recipe.show import describe, describe_chain
 
 __all__ = [
     "Chain",
@@ -14,6 +14,7 @@ __all__ = [
     "PlannedJob",
     "Recipe",
     "describe",
+    "describe_chain",
     "dump",
     "is_chain",
     "json_schema",

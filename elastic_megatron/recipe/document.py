@@ -4,6 +4,7 @@ The dialect is YAML 1.2's core schema, not PyYAML's 1.1: `3e-4` is a number, `on
 is ten. A key given twice is an error.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,12 +23,19 @@ class Unreadable:
 Scalar = str | int | float | bool | Unreadable | None
 
 
+# Of what is written in several places the larger layer wins: a file's is above those of the files it extends, in
+# their order, and that of the command line is above all.
+Layer = tuple[float, ...]
+COMMAND_LINE: Layer = (math.inf, math.inf)
+
+
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Where something was written, and the directory that its relative paths start from."""
+    """Where something was written, the directory that its relative paths start from, and its layer."""
 
     where: str
     base: Path
+    layer: Layer = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +159,15 @@ class Reader:
     relative paths. Complaints are appended to `problems` as whole lines.
     """
 
-    def __init__(self, where: Callable[[int, int], str], base: Path, problems: list[str]) -> None:
-        self._where, self._base, self._problems = where, base, problems
+    def __init__(
+        self, where: Callable[[int, int], str], base: Path, problems: list[str], layer: Layer
+    ) -> None:
+        self._where, self._base, self._problems, self._layer = where, base, problems, layer
         self._open: list[yaml.Node] = []
 
     def read(self, text: str) -> Node | None:
         """The tree of `text` (an empty text is null), or None after a syntax error."""
-        start = Mark(self._where(1, 1), self._base)
+        start = Mark(self._where(1, 1), self._base, self._layer)
         try:
             root = _Loader(text).get_single_node()
             return Node(None, start) if root is None else self._node(root, start)
@@ -180,7 +190,8 @@ class Reader:
             return None
 
     def _mark(self, node: yaml.Node) -> Mark:
-        return Mark(self._where(node.start_mark.line + 1, node.start_mark.column + 1), self._base)
+        where = self._where(node.start_mark.line + 1, node.start_mark.column + 1)
+        return Mark(where, self._base, self._layer)
 
     def _node(self, node: yaml.Node, mark: Mark) -> Node:
         if any(node is parent for parent in self._open):

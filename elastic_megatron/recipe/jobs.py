@@ -92,7 +92,7 @@ class _Reader:
         self.overrides = [o for o in stripped if not o.startswith("cluster.")]
 
     def jobs(self) -> JobChain | None:
-        opened = open_file(self.path, self.problems, "recipe or chain")
+        opened = open_file(self.path, self.problems, "recipe")
         if opened is None:
             return None
         return self._chain(opened) if _describes_chain(opened.root) else self._single(opened)

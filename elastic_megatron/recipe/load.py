@@ -15,6 +15,7 @@ from elastic_megatron.recipe.document import Node, to_yaml
 from elastic_megatron.recipe.schema import Recipe
 from elastic_megatron.recipe.sources import Sources
 from elastic_megatron.recipe.types import Problem, Section
+from elastic_megatron.recipe.variants import without_abandoned
 
 KINDS: dict[str, type[Section]] = {"recipe": Recipe, "cluster": Cluster, "chain": Chain}
 WORDS: dict[type[Section], str] = {Recipe: "recipe", Cluster: "cluster file", Chain: "chain"}
@@ -73,6 +74,7 @@ def parse[T: Section](
     root, sources = opened.root, Sources(problems)
     for override in overrides:
         root = sources.override(root, override, prefix)
+    root = without_abandoned(root, kind)
     value, found = _parsed(kind, root, opened.complete)
     problems += found
     return Document(value, root)

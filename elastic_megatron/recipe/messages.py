@@ -2,17 +2,15 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, get_args
 
-from pydantic import BaseModel, Tag, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from elastic_megatron.recipe.annotations import Path, Place, follow, is_section, tags_of
 from elastic_megatron.recipe.document import Node, Unreadable
 from elastic_megatron.recipe.types import Problem, Problems, closest, did_you_mean, show_path, shown_value
 
-Place = tuple[str | int, ...]
 Kinds = dict[type[BaseModel], str]
 
 
@@ -41,7 +39,7 @@ def problems_of(error: ValidationError, root: type[BaseModel], kinds: Kinds, com
     return [
         problem
         for detail in details
-        if detail["type"] != "missing" or _follow(detail["loc"], root).at not in meant
+        if detail["type"] != "missing" or follow(detail["loc"], root).at not in meant
         for problem in _problems(detail, root, kinds)
     ]
 
@@ -52,22 +50,22 @@ def _about_absence(detail: ErrorDetails, root: type[BaseModel]) -> bool:
         case "missing":
             return True
         case "value_error" | "union_tag_not_found":
-            return _is_section(_follow(detail["loc"], root).kind)
+            return is_section(follow(detail["loc"], root).kind)
         case "extra_forbidden":
-            return bool(_follow(detail["loc"][:-1], root).variants)
+            return bool(follow(detail["loc"][:-1], root).variants)
     return False
 
 
-def _meant(detail: ErrorDetails, root: type[BaseModel]) -> list[Place]:
+def _meant(detail: ErrorDetails, root: type[BaseModel]) -> list[Path]:
     """What an unknown key was likely meant to be: it is not missing then, but misspelt."""
     if detail["type"] != "extra_forbidden":
         return []
-    section, key = _follow(detail["loc"][:-1], root), detail["loc"][-1]
+    section, key = follow(detail["loc"][:-1], root), detail["loc"][-1]
     return [(*section.at, name) for name in closest(str(key), section.kind.model_fields)]
 
 
 def _problems(detail: ErrorDetails, root: type[BaseModel], kinds: Kinds) -> Iterator[Problem]:
-    place = _follow(detail["loc"], root)
+    place = follow(detail["loc"], root)
     at, context = place.at, detail.get("ctx", {})
     key = at[-1] if at else ""
     match detail["type"]:
@@ -79,7 +77,7 @@ def _problems(detail: ErrorDetails, root: type[BaseModel], kinds: Kinds) -> Iter
         case "missing":
             yield Problem(at[:-1], f"is too short: item {key} is missing")
         case "extra_forbidden":
-            section = _follow(detail["loc"][:-1], root)
+            section = follow(detail["loc"][:-1], root)
             yield Problem(at, _unknown_key(str(key), section, root, kinds), of_parent=True)
         case "literal_error" if detail["loc"][-1] == "[key]":
             known = _quoted(context["expected"])
@@ -139,13 +137,13 @@ def _hint(key: str, known: Iterable[str], homes: str = "") -> str:
     return did_you_mean(key, known) + homes or f"; known here: {', '.join(known)}"
 
 
-def _unknown_key(key: str, place: "_Place", root: type[BaseModel], kinds: Kinds) -> str:
+def _unknown_key(key: str, place: Place, root: type[BaseModel], kinds: Kinds) -> str:
     """Why `key` is not accepted in a section: it is another variant's, a slip, or some other section's."""
     section, text = place.kind, f"unknown key {key!r}"
     if key == "extends":
         return f"{text}; extends stands at the top of a file"
-    having = [member for member in place.variants if _is_section(member) and key in member.model_fields]
-    if tags := [str(tag) for member in having for tag in _tags(member)]:
+    having = [member for member in place.variants if is_section(member) and key in member.model_fields]
+    if tags := [str(tag) for member in having for tag in tags_of(member)]:
         return f"{text}; {key!r} belongs to {section.discriminator}: {_either(tags)}"
     homes = sorted(_homes(root, key, "")) or [
         home for kind in kinds for home in _elsewhere(kind, key, kinds[kind])
@@ -181,78 +179,6 @@ def _elsewhere(kind: type[BaseModel], key: str, word: str) -> list[str]:
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     """Section classes mentioned anywhere in a type."""
-    if _is_section(annotation):
+    if is_section(annotation):
         return [annotation]
     return [model for part in get_args(annotation) for model in _models_in(part)]
-
-
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """What pydantic means by a location.
-
-    `at` is the path of keys, `kind` the type there, `variants` the types that could have been there instead (of a
-    union), `optional` whether the key may be left out.
-    """
-
-    at: Place
-    kind: Any
-    variants: tuple[Any, ...] = ()
-    optional: bool = False
-
-
-def _follow(location: tuple[str | int, ...], root: type[BaseModel]) -> _Place:
-    """The place of a pydantic location in a `root`.
-
-    pydantic adds the tag of a union's member and a `[key]` marker, neither of which the user wrote.
-    """
-    place = _Place((), root)
-    for part in location:
-        if part == "[key]":
-            break
-        members = _members(place.kind)
-        chosen = [member for member in members if part in _tags(member)] if len(members) > 1 else []
-        if chosen:
-            others = tuple(member for member in members if member is not chosen[0])
-            place = _Place(place.at, _bare(chosen[0]), others, place.optional)
-        else:
-            kind, optional = _child(members[0], part)
-            place = _Place((*place.at, part), kind, (), optional)
-    return _Place(place.at, _members(place.kind)[0], place.variants, place.optional)
-
-
-def _bare(kind: Any) -> Any:
-    """A type without `Annotated`, and without `None` where that is the only alternative."""
-    while get_origin(kind) is Annotated:
-        kind = get_args(kind)[0]
-    members = [member for member in get_args(kind) if member is not NoneType]
-    return _bare(members[0]) if get_origin(kind) in (Union, UnionType) and len(members) == 1 else kind
-
-
-def _members(kind: Any) -> list[Any]:
-    """The alternatives of a type: those of a union without None, else the type alone."""
-    kind = _bare(kind)
-    if get_origin(kind) in (Union, UnionType):
-        return [member for member in get_args(kind) if member is not NoneType]
-    return [kind]
-
-
-def _tags(member: Any) -> tuple[object, ...]:
-    """The tags by which a union knows a member: its `Tag`, or the values of the field that its class names."""
-    if get_origin(member) is Annotated:
-        return tuple(extra.tag for extra in get_args(member)[1:] if isinstance(extra, Tag))
-    return get_args(member.model_fields[member.discriminator].annotation)
-
-
-def _child(kind: Any, part: str | int) -> tuple[Any, bool]:
-    """The type at a key or index of a container type, and whether it has a default; `object` below an unknown key."""
-    if _is_section(kind):
-        field = kind.model_fields.get(str(part))
-        return (field.annotation, not field.is_required()) if field else (object, False)
-    arguments = get_args(kind)
-    if get_origin(kind) is dict:
-        return arguments[1], True
-    return (arguments[0] if arguments else object), False

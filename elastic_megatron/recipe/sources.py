@@ -1,11 +1,12 @@
 """Where a recipe's keys come from: files, the files that they extend, and the command line."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from elastic_megatron.recipe.document import Mark, Node, Reader, Unreadable
+from elastic_megatron.recipe.document import COMMAND_LINE, Layer, Mark, Node, Reader, Unreadable
 from elastic_megatron.recipe.types import expand
 
 
@@ -21,11 +22,13 @@ class Sources:
     kind: str = "recipe"
     complete: bool = True
 
-    def file(self, shown: str, asked_at: str = "", chain: tuple["_Step", ...] = ()) -> Node | None:
+    def file(
+        self, shown: str, asked_at: str = "", chain: tuple["_Step", ...] = (), layer: Layer = ()
+    ) -> Node | None:
         """The mapping in a file, merged over those that it extends; None if it cannot be used.
 
         `shown` is the path as the user would type it, `chain` the files that led here, `asked_at` a
-        prefix for complaints about the file as a whole: the place that named it.
+        prefix for complaints about the file as a whole: the place that named it. Its layers begin with `layer`.
         """
         step = _Step(os.path.realpath(shown), shown, asked_at)
         if step.identity in [before.identity for before in chain]:
@@ -35,7 +38,10 @@ class Sources:
         if text is None:
             return None
         base = Path(os.path.abspath(shown)).parent
-        node = Reader(lambda line, column: f"{shown}:{line}:{column}", base, self.problems).read(text)
+        reader = Reader(
+            lambda line, column: f"{shown}:{line}:{column}", base, self.problems, (*layer, math.inf)
+        )
+        node = reader.read(text)
         if node is None or isinstance(node.value, Unreadable):
             return None
         if not isinstance(node.value, dict):
@@ -44,7 +50,7 @@ class Sources:
                 f"{node.mark.where}: a {self.kind} is a mapping of keys to values, but {found}"
             )
             return None
-        return self._extended(shown, node, (*chain, step))
+        return self._extended(shown, node, (*chain, step), layer)
 
     def _text(self, shown: str, asked_at: str) -> str | None:
         try:
@@ -57,14 +63,14 @@ class Sources:
             self.problems.append(f"{asked_at}{shown}: is not UTF-8 text (byte {error.start})")
         return None
 
-    def _extended(self, shown: str, node: Node, chain: tuple["_Step", ...]) -> Node:
+    def _extended(self, shown: str, node: Node, chain: tuple["_Step", ...], layer: Layer) -> Node:
         assert isinstance(node.value, dict)
         own = {key: child for key, child in node.value.items() if key != "extends"}
         merged: Node | None = None
-        for parent, mark in self._parents(node.value.get("extends")):
+        for number, (parent, mark) in enumerate(self._parents(node.value.get("extends"))):
             # The path as written stays the path shown, so that a reader can open it.
             path = os.path.normpath(os.path.join(os.path.dirname(shown), os.path.expanduser(parent)))
-            read = self.file(path, f"{mark.where}: extends: ", chain)
+            read = self.file(path, f"{mark.where}: extends: ", chain, (*layer, number))
             self.complete = self.complete and read is not None
             if read is not None:
                 merged = read if merged is None else merge(merged, read)
@@ -94,13 +100,14 @@ class Sources:
 
         `prefix` is what the user wrote before it, to say which document is meant.
         """
-        mark = Mark(f"command line `{prefix}{' '.join(text.split())}`", Path.cwd())
+        mark = Mark(f"command line `{prefix}{' '.join(text.split())}`", Path.cwd(), COMMAND_LINE)
         dotted, equals, value_text = text.partition("=")
         keys = dotted.strip().split(".")
         if not equals or not all(keys):
             self.problems.append(f"{mark.where}: write it as key=value, such as optimizer.lr=1e-4")
             return root
-        value = Reader(lambda line, column: mark.where, mark.base, self.problems).read(value_text)
+        reader = Reader(lambda line, column: mark.where, mark.base, self.problems, mark.layer)
+        value = reader.read(value_text)
         if value is None:
             return root
         try:

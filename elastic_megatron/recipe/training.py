@@ -1,6 +1,7 @@
 """Data, optimiser, stages and the other sections of an ordinary training run."""
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -38,7 +39,6 @@ class Data(Section):
     cache: FilePath | None = Field(
         default=None, description="Directory for the sample indices of the blends."
     )
-    eval_text: FilePath | None = Field(default=None, description="Text file that `eval` scores.")
 
 
 class Optimizer(Section):
@@ -56,6 +56,11 @@ class Optimizer(Section):
     warmup_steps: Count = Field(
         default=0, description="Steps of linear warm-up from 0, at the start of every schedule."
     )
+    warmup_tokens: Count | None = Field(
+        default=None,
+        description="The same in tokens, in place of warmup_steps: as many steps of the stage where the schedule "
+        "begins as see them.",
+    )
     wsd_decay_fraction: Annotated[PositiveFloat, Field(le=1)] = Field(
         default=0.2, description="Share of the steps that decay (schedule wsd)."
     )
@@ -66,8 +71,20 @@ class Optimizer(Section):
         problems = [Problem(("betas", i), text) for i, beta in enumerate(self.betas) if beta == 1]
         if self.min_lr > self.lr:
             problems.append(Problem(("min_lr",), f"{self.min_lr:g} is above lr = {self.lr:g}"))
+        if self.warmup_tokens is not None and self.warmup_steps:
+            problems.append(Problem(("warmup_tokens",), _excludes("warmup_steps", self.warmup_steps)))
         raise_any(problems)
         return self
+
+    def warmup(self, tokens_per_step: int) -> int:
+        """Steps of warm-up of a schedule that begins in a stage of so many tokens a step."""
+        if self.warmup_tokens is None:
+            return self.warmup_steps
+        return -(-self.warmup_tokens // tokens_per_step)
+
+
+def _excludes(key: str, value: int) -> str:
+    return f"says what {key} = {value} says; keep one: null removes an inherited key"
 
 
 def _probs_kind(value: object) -> str:
@@ -136,6 +153,15 @@ class Stage(Section):
                 problems.append(Problem(("budget_probs",), text))
         raise_any(problems)
         return self
+
+
+def tokens_after(steps: int, stages: Sequence[Stage]) -> int:
+    """Tokens that the first `steps` steps of a curriculum see."""
+    tokens = 0
+    for stage in stages:
+        inside = min(steps, stage.steps)
+        tokens, steps = tokens + inside * stage.tokens_per_step, steps - inside
+    return tokens
 
 
 class Teacher(Section):
@@ -211,10 +237,28 @@ class Checkpoint(Section):
     """When to save."""
 
     interval: Count = Field(default=0, description="Steps between checkpoints; 0: only at the end.")
+    interval_tokens: Positive | None = Field(
+        default=None,
+        description="The same in tokens, in place of interval: after the step that completes each multiple, "
+        "counted over all stages.",
+    )
     keep_last: Positive = Field(default=2, description="Checkpoints to keep.")
     async_save: Switch = Field(
         default=False, description="Write checkpoints in the background while training goes on."
     )
+
+    @model_validator(mode="after")
+    def _one_interval(self) -> Self:
+        if self.interval_tokens is not None and self.interval:
+            raise_any([Problem(("interval_tokens",), _excludes("interval", self.interval))])
+        return self
+
+    def due(self, step: int, stages: Sequence[Stage]) -> bool:
+        """Is a checkpoint saved after step `step` (from 1) of the curriculum? The last one of a job always is."""
+        if self.interval_tokens is not None:
+            before, after = (tokens_after(n, stages) // self.interval_tokens for n in (step - 1, step))
+            return after > before
+        return self.interval > 0 and step % self.interval == 0
 
 
 class Log(Section):

@@ -103,7 +103,8 @@ def look(kernel: Kernel) -> Finding:
         if version is None and isinstance(e, ModuleNotFoundError) and e.name in tops:
             return Finding(None, "missing")
         last = (str(e).strip().splitlines() or [""])[-1].strip()
-        return Finding(version, "does not import", f"{type(e).__name__}: {last}".rstrip(": "))
+        reason = f"{type(e).__name__}: {last}" if last else type(e).__name__
+        return Finding(version, "does not import", reason)
     return Finding(version, "found")
 
 

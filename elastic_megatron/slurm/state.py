@@ -124,8 +124,8 @@ def _progress(recipe_file: Path) -> tuple[int | None, int | None, float | None]:
     if recipe.job != "train":
         return None, None, None
     line = _last_step(recipe.run_dir / "metrics.jsonl")
-    step = min(int(line["step"]), recipe.last_step) if line else 0
-    return step, recipe.last_step, line.get("loss")
+    step = min(int(line.get("step", 0)), recipe.last_step)
+    return step, recipe.last_step, line.get("loss") if step == line.get("step") else None
 
 
 def _last_step(metrics: Path) -> dict[str, Any]:

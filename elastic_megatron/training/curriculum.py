@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..ops.gumbel import draw_index
 from ..recipe import Recipe
-from ..recipe.training import Optimizer, Stage
+from ..recipe.training import Optimizer, Stage, tokens_after
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive stages under one learning-rate schedule."""
+    """Consecutive stages under one learning-rate schedule; ``tokens_per_step`` are those of the first."""
 
     start: int
     steps: int
     peak_lr: float
+    tokens_per_step: int
 
 
 class Curriculum:
@@ -57,10 +58,7 @@ class Curriculum:
 
     def tokens_after(self, steps: int) -> int:
         """Tokens seen by the first ``steps`` steps."""
-        if steps == 0:
-            return 0
-        last = self.place(steps - 1)
-        return last.tokens + last.stage.tokens_per_step
+        return tokens_after(steps, self.recipe.stages)
 
     def segments(self) -> tuple[Segment, ...]:
         """Learning-rate schedules: a stage that names an ``lr`` begins its own, others continue the last."""
@@ -68,9 +66,10 @@ class Curriculum:
         first = 0
         for stage in self.recipe.stages:
             if not out or stage.lr is not None:
-                out.append(Segment(first, stage.steps, stage.lr or self.recipe.optimizer.lr))
+                peak = stage.lr or self.recipe.optimizer.lr
+                out.append(Segment(first, stage.steps, peak, stage.tokens_per_step))
             else:
-                out[-1] = Segment(out[-1].start, out[-1].steps + stage.steps, out[-1].peak_lr)
+                out[-1] = replace(out[-1], steps=out[-1].steps + stage.steps)
             first += stage.steps
         return tuple(out)
 
@@ -107,7 +106,7 @@ class LearningRate:
         """Set the learning rates that step ``step`` uses (0-based) and return the model's."""
         segment = self.curriculum.segment(step)
         if segment != self.segment:
-            self.segment, self.scheduler = segment, self._scheduler(segment.steps)
+            self.segment, self.scheduler = segment, self._scheduler(segment)
         self.scheduler.step(step + 1 - segment.start - self.scheduler.num_steps)
         rate = 0.0
         for group in self.optimizer.param_groups:
@@ -116,17 +115,18 @@ class LearningRate:
                 rate = float(group["lr"])
         return rate
 
-    def _scheduler(self, segment_steps: int) -> Any:
+    def _scheduler(self, segment: Segment) -> Any:
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
         o = self.settings
-        steps = max(segment_steps, o.warmup_steps + 1)
+        warmup = o.warmup(segment.tokens_per_step)
+        steps = max(segment.steps, warmup + 1)
         return OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
             max_lr=o.lr,
             min_lr=o.min_lr,
-            lr_warmup_steps=o.warmup_steps,
+            lr_warmup_steps=warmup,
             lr_decay_steps=steps,
             lr_decay_style="WSD" if o.schedule == "wsd" else o.schedule,
             start_wd=o.weight_decay,

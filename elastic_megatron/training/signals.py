@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -46,6 +46,15 @@ class StopSignal:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = self.received or signal.Signals(number)
+
+    def flags(self) -> list[float]:
+        """One for each signal of ``HANDLED``: 1 for the one that was received."""
+        return [float(self.received == s) for s in self.HANDLED]
+
+    @classmethod
+    def agreed(cls, flags: Sequence[float]) -> signal.Signals | None:
+        """The signal for which all ranks leave, from the sum of their ``flags``."""
+        return next((s for s, count in zip(cls.HANDLED, flags, strict=True) if count), None)
 
     def __enter__(self) -> StopSignal:
         self._before = {s: signal.signal(s, self._handle) for s in self.HANDLED}

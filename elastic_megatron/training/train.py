@@ -135,38 +135,37 @@ class _Run:
             chunk.config.finalize_model_grads_func = self._finalize
 
     def steps(self, first: int) -> Outcome:
-        total = self.recipe.last_step
+        total, checkpoint, stages = self.recipe.last_step, self.recipe.checkpoint, self.recipe.stages
         rates = LearningRate(self.model.optimizer, self.recipe.optimizer, self.curriculum)
-        if self._asked_to_stop():
-            return self._interrupted(first, "stopped before the first step")
+        if asked := self._asked_to_stop():
+            return self._interrupted(asked, first, "stopped before the first step")
         for step in range(first, total):
-            stopping = self._one_step(step, rates.set(step))
+            asked = self._one_step(step, rates.set(step))
             self.saver.poll()
             done = step + 1
-            saves = done == total or stopping or _due(done, self.recipe.checkpoint.interval)
+            saves = done == total or asked or checkpoint.due(done, stages)
             if saves or _due(done, self.recipe.log.eval_interval):
                 with self.model.gathered():
                     if saves:
                         self._save(done)
                     if done == total or _due(done, self.recipe.log.eval_interval):
                         self._report(done)
-            if stopping and done < total:
-                return self._interrupted(done, f"saved step {done}")
+            if asked and done < total:
+                return self._interrupted(asked, done, f"saved step {done}")
         return Outcome(self.saver.directory, total, total, None, self.log.active)
 
-    def _asked_to_stop(self) -> bool:
-        """Whether any rank was, so that all leave together."""
-        asked = torch.tensor(float(self.stop.received is not None), device=self.device)
-        torch.distributed.all_reduce(asked)
-        return bool(asked)
+    def _asked_to_stop(self) -> signal.Signals | None:
+        """The signal that some rank received, the same on all, so that they leave together."""
+        flags = torch.tensor(self.stop.flags(), device=self.device)
+        torch.distributed.all_reduce(flags)
+        return self.stop.agreed(flags.tolist())
 
-    def _interrupted(self, done: int, what: str) -> Outcome:
-        received = self.stop.received or signal.SIGTERM
-        self.log.say(f"{received.name}: {what}; run the same command to continue")
-        return Outcome(self.saver.directory, done, self.recipe.last_step, received, self.log.active)
+    def _interrupted(self, asked: signal.Signals, done: int, what: str) -> Outcome:
+        self.log.say(f"{asked.name}: {what}; run the same command to continue")
+        return Outcome(self.saver.directory, done, self.recipe.last_step, asked, self.log.active)
 
-    def _one_step(self, step: int, lr: float) -> bool:
-        """One optimiser step; returns whether any rank was asked to stop, so that all stop together."""
+    def _one_step(self, step: int, lr: float) -> signal.Signals | None:
+        """One optimiser step; returns the signal that some rank received meanwhile, the same on all."""
         began = time.perf_counter()
         place, model = self.curriculum.place(step), self.model
         batches = self.batches.of_step(step)
@@ -186,7 +185,7 @@ class _Run:
             forward_only=False,
         )
         updated, grad_norm, _ = model.optimizer.step()
-        sums = self._reduced(outputs)
+        sums, asked = self._reduced(outputs)
         line = {
             "step": step + 1,
             "stage": place.stage.name,
@@ -202,7 +201,7 @@ class _Run:
         if not updated or line["loss"] != line["loss"]:
             line["skipped"] = True
         self.log.step(line)
-        return sums["stop"] > 0
+        return asked
 
     def _finalize(self, *args: Any, **kwargs: Any) -> None:
         """Megatron's reduction of gradients, with the router's among them."""
@@ -211,20 +210,21 @@ class _Run:
         self.forward_step.finish()
         finalize_model_grads(*args, **kwargs)
 
-    def _reduced(self, outputs: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Per-token means over the global batch, and ``stop``: did a rank receive a signal?
+    def _reduced(self, outputs: list[dict[str, Tensor]]) -> tuple[dict[str, float], signal.Signals | None]:
+        """Per-token means over the global batch, and the signal that some rank received.
 
         Only the last pipeline stage has outputs, and its tensor ranks have the same ones.
         """
-        counted = outputs if self.groups.tp.rank() == 0 else []
-        sums = torch.zeros(len(LOGGED) + 1, dtype=torch.float64, device=self.device)
+        counted, flags = outputs if self.groups.tp.rank() == 0 else [], self.stop.flags()
+        sums = torch.zeros(len(LOGGED) + len(flags), dtype=torch.float64, device=self.device)
         for i, name in enumerate(LOGGED):
             for output in counted:
                 sums[i] += output.get(name, 0.0)
-        sums[-1] = float(self.stop.received is not None)
+        sums[len(LOGGED) :] = torch.tensor(flags)
         torch.distributed.all_reduce(sums)
-        tokens, *means, stop = sums.tolist()
-        return {n: v / tokens for n, v in zip(LOGGED[1:], means, strict=True)} | {"stop": stop}
+        tokens, *means = sums.tolist()[: len(LOGGED)]
+        asked = self.stop.agreed(sums.tolist()[len(LOGGED) :])
+        return {n: v / tokens for n, v in zip(LOGGED[1:], means, strict=True)}, asked
 
     def submodels(self) -> dict[str, SubmodelSpec]:
         """What the router would choose now, per budget."""

@@ -1,70 +1,20 @@
 """``plan``: published numbers from recipes and configs, without torch."""
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
+from plan_calls import CHAIN_OF_NANO, NANO, V2, parse, planned, shape_of, write_config
 
 from elastic_megatron.checkpoint.manifest import Manifest
-from elastic_megatron.commands import plan
-from elastic_megatron.cost import account
+from elastic_megatron.cost import account, sizes_of_spec
+from elastic_megatron.cost.memory import cache_bytes
 from elastic_megatron.errors import UserError
-from elastic_megatron.recipe import load
-from elastic_megatron.space import Budget, ElasticSpace, ParentShape, SubmodelSpec
-
-RECIPES = Path(__file__).parents[2] / "recipes"
-NANO = RECIPES / "nemotron3_nano_30b" / "plan.yaml"
-V2 = RECIPES / "nemotron_nano_v2_12b" / "plan.yaml"
-SMALL = """\
-name: small
-run_dir: run
-model:
-  sizes: {hybrid_layer_pattern: ME*, hidden_size: 64, vocab_size: 128, mamba_num_heads: 8, mamba_head_dim: 16,
-    mamba_state_dim: 16, mamba_num_groups: 2, num_attention_heads: 4, num_query_groups: 2, kv_channels: 16,
-    num_moe_experts: 8, moe_router_topk: 2, moe_ffn_hidden_size: 32, moe_shared_expert_intermediate_size: 32}
-space:
-  choices: {hidden_size: [32, 64], num_moe_experts: [4, 8]}
-  lanes: {num_moe_experts: 2}
-budgets:
-  full: {metric: total_params, target: 1.0}
-"""
-
-
-def parse(*arguments: object) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    plan.add_parser(parser.add_subparsers())
-    return parser.parse_args(["plan", *map(str, arguments)])
-
-
-def planned(*arguments: object) -> dict[str, Any]:
-    args = parse(*arguments, "--json")
-    result = args.handler(args)
-    return json.loads(json.dumps(result))
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Path:
-    path = tmp_path / "small.yaml"
-    path.write_text(SMALL)
-    return path
-
-
-def shape_of(recipe: Path) -> ParentShape:
-    sizes = load(recipe).model.sizes
-    assert sizes is not None
-    return ParentShape.from_dict(sizes.model_dump())
-
-
-def write_config(folder: Path, shape: ParentShape) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "nemotron_h", **shape.to_hf()}))
-    return folder
+from elastic_megatron.space import Budget, ElasticSpace, SubmodelSpec
 
 
 def test_nemotron3_nano_has_its_published_size() -> None:
@@ -91,7 +41,10 @@ def test_nemotron_nano_v2_has_its_published_size() -> None:
 
 def test_shape_of_the_result(small: Path) -> None:
     result = planned(small)
-    costs = {"total_params", "active_params", "flops_per_token", "weights_bytes", "cache_bytes_per_sequence"}
+    costs = {
+        "total_params", "active_params", "flops_per_token", "weights_bytes", "cache_bytes_per_sequence",
+        "cache_bytes",
+    }  # fmt: skip
     assert set(result["parent"]) == costs
     assert set(result["parent"]["weights_bytes"]) == {"bf16", "fp8", "nvfp4"}
     assert set(result["submodels"]) == {"full", "smallest"}
@@ -124,9 +77,13 @@ def test_elastic_directory_lists_its_submodels(tmp_path: Path, small: Path) -> N
     budgets = (Budget("big", "total_params", 1.0), Budget("mid", "total_params", 0.7))
     Manifest(shape, space, budgets, specs).write(folder / "elastic_config.json")
     result = planned(folder, "--context", 100)
+    caches = result["submodels"]["mid"].pop("cache_bytes")
     assert set(result["submodels"]) == set(result["budgets"]) == {"big", "mid"}
     exact = json.loads(json.dumps(account(space, specs["mid"], 100).to_dict()))
     assert result["submodels"]["mid"] == {**exact, "widths": {"hidden_size": 48, "mamba_num_heads": 4}}
+    lengths = (100, 8192, 49152, 262144)
+    model = sizes_of_spec(space, specs["mid"])
+    assert caches == {str(n): cache_bytes(model, n) for n in lengths} and result["jobs"] == {}
     separate = sum(s["weights_bytes"]["nvfp4"] for s in result["submodels"].values())
     assert result["family_bytes"]["separate"]["nvfp4"] == separate
 
@@ -154,7 +111,9 @@ def test_checkpoints_are_planned_by_their_manifest(tmp_path: Path, small: Path) 
 def test_context_changes_caches_and_flops_only(small: Path) -> None:
     short, long = planned(small, "--context", 10)["parent"], planned(small, "--context", 20)["parent"]
     changed = {k for k in short if short[k] != long[k]}
-    assert changed == {"cache_bytes_per_sequence", "flops_per_token"}
+    assert changed == {"cache_bytes_per_sequence", "flops_per_token", "cache_bytes"}
+    assert short["cache_bytes"]["10"] == short["cache_bytes_per_sequence"]
+    assert short["cache_bytes"]["8192"] == long["cache_bytes"]["8192"]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +153,7 @@ def test_layers_lie_on_stages_as_the_pipeline_cuts_them(small: Path) -> None:
     deep = planned(small, "parallel.pipeline=4")
     assert deep["layout"]["layers_per_stage"] == [] and deep["memory_per_rank"] is None
     assert deep["layout"]["problems"] == [
-        "parallel.pipeline=4 is more than the 3 layers; lower it to 3 or less"
+        "parallel.pipeline=4 is more than the 3 layers; set parallel.pipeline=3"
     ]
 
 
@@ -215,21 +174,30 @@ def test_people_read_tables(arguments: list[object], capsys: pytest.CaptureFixtu
     assert args.handler(args) is None
     shown = capsys.readouterr().out
     assert "…" not in shown, "nothing is cut off at 80 columns"
-    for text in ("smallest", "NVFP4", "optimizer", "layout", "range of the family", "choices"):
+    for text in (
+        "smallest",
+        "NVFP4",
+        "optimizer",
+        "layout",
+        "range of the family",
+        "choices",
+        "256K",
+        "logits",
+    ):
         assert text in shown
     if len(arguments) > 1:
         assert "out of reach" in shown and "add smaller space.choices" in shown
         assert "layout does not fit" in shown and "parallel.expert=16" in shown
 
 
-def test_people_read_where_ranks_and_layers_lie(capsys: pytest.CaptureFixture[str]) -> None:
+def test_people_read_where_ranks_and_layers_lie(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = parse(NANO, "parallel.pipeline=2", "parallel.virtual_pipeline=3")
     args.handler(args)
     shown = capsys.readouterr().out
     assert "dense parameters: tensor 2 x context 4 x pipeline 2 x data 16\n" in shown
     assert "expert parameters: expert_tensor 1 x expert 8 x pipeline 2 x data 16\n" in shown
     assert "layers per pipeline stage: 8 + 9 + 9, 9 + 9 + 8\n" in shown
-    args = parse(NANO, "parallel.world_size=null", "parallel.pipeline=64")
+    args = parse(small, "parallel.pipeline=64")
     args.handler(args)
     shown = capsys.readouterr().out
     assert "pipeline 64 x data ?" in shown and "memory per rank" not in shown
@@ -280,14 +248,33 @@ def test_broken_configs_are_named(tmp_path: Path) -> None:
             planned(tmp_path)
 
 
+def test_people_read_the_exact_size_of_nano(capsys: pytest.CaptureFixture[str]) -> None:
+    args = parse(NANO)
+    args.handler(args)
+    shown = capsys.readouterr().out
+    assert "31,577,940,288 parameters, 3,580,076,352 active" in shown
+
+
+def test_nano_is_priced_at_its_published_scale() -> None:
+    """160 B tokens at 4 forward passes and one to recompute, 3.58 B active parameters: 6 x 10^21 operations."""
+    job = planned(NANO)["jobs"]["train"]
+    assert job["tokens"] == pytest.approx(160e9, rel=1e-3)
+    assert job["flops"] == pytest.approx(160e9 * 5 * 2 * 3.58e9, rel=0.25)
+    assert job["gpu_hours"] == pytest.approx(job["flops"] / (989e12 * 0.3 * 3600))
+
+
 def test_plan_imports_no_torch() -> None:
     script = f"""
         import argparse, sys
         from elastic_megatron.commands import plan
         parser = argparse.ArgumentParser()
         plan.add_parser(parser.add_subparsers())
-        args = parser.parse_args(["plan", {str(NANO)!r}])
-        args.handler(args)
+        for source in {[str(NANO), str(CHAIN_OF_NANO)]!r}:
+            try:
+                args = parser.parse_args(["plan", source])
+                args.handler(args)
+            except Exception as error:
+                assert "config.json is missing" in str(error), error
         heavy = {{"torch", "megatron", "transformers", "numpy"}} & set(sys.modules)
         assert not heavy, heavy
     """

@@ -4,25 +4,22 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from layout_shapes import DENSE, NANO
 
 from elastic_megatron.cost import account, rank_memory
-from elastic_megatron.cost.layout import memory_per_rank
-from elastic_megatron.cost.rank_memory import params_per_rank
+from elastic_megatron.cost.rank_memory import Load, memory_per_rank, params_per_rank, usable
+from elastic_megatron.cost.setting import sizes_of
 from elastic_megatron.recipe.training import Parallel
 from elastic_megatron.space import ParentShape
 
-RUN: dict[str, Any] = {
-    "dtype": "bf16",
-    "training": True,
-    "seq_length": 64,
-    "micro_batch_size": 2,
-    "teacher": True,
-}
-
 
 def memory(shape: ParentShape, layout: dict[str, Any] | None = None, **changes: Any) -> dict[str, int]:
-    return memory_per_rank(shape, Parallel(**layout or {}), **RUN | changes)
+    """Of a micro-batch of 2 x 64 tokens with a teacher of the same shape, and Adam's state whole."""
+    layout = {"distributed_optimizer": False} | (layout or {})
+    load = Load(64, 2, teacher=shape)
+    return memory_per_rank(shape, Parallel(**layout), replace(load, **changes))
 
 
 @pytest.mark.parametrize("shape", [NANO, DENSE])
@@ -59,15 +56,15 @@ def test_parts_are_bytes_per_parameter_and_add_up() -> None:
             weight * n,
         )
         assert m["total"] == sum(v for k, v in m.items() if k != "total")
-    frozen = memory(DENSE, training=False, teacher=False)
+    frozen = memory(DENSE, training=False, teacher=None)
     assert frozen["gradients"] == frozen["optimizer"] == frozen["teacher"] == 0
-    assert frozen["total"] == 2 * n + frozen["activations"]
+    assert frozen["total"] == 2 * n + frozen["activations"] + frozen["logits"]
 
 
 def test_distributed_optimizer_splits_adam_over_replicas() -> None:
     layout: dict[str, Any] = {"expert": 4, "world_size": 16}
     dense, routed = params_per_rank(NANO, Parallel(**layout), 0)
-    plain, split = memory(NANO, layout), memory(NANO, layout, distributed_optimizer=True)
+    plain, split = memory(NANO, layout), memory(NANO, layout | {"distributed_optimizer": True})
     assert plain["optimizer"] == 12 * (dense + routed)
     assert split["optimizer"] == pytest.approx(12 * (dense / 16 + routed / 4), abs=1)
     assert {k: v for k, v in plain.items() if k not in ("optimizer", "total")} == {
@@ -76,21 +73,36 @@ def test_distributed_optimizer_splits_adam_over_replicas() -> None:
 
 
 def test_activations_by_hand() -> None:
-    """One layer of each kind: 128 tokens and 2 bytes a number, plus embedding and logits."""
+    """One layer of each kind: 128 tokens and 2 bytes a number, plus the embedding."""
     one = replace(DENSE, hybrid_layer_pattern="*", vocab_size=1000)
-    logits = 128 * 1000 * (2 + 4)
     attention = 2 * 256 + 2 * (12 + 4) * 16
-    expected = 128 * 2 * (attention + 256) + 2 * logits
-    assert memory(one)["activations"] == expected
-    assert memory(one, teacher=False)["activations"] == expected - logits
+    assert memory(one)["activations"] == 128 * 2 * (attention + 256)
     mamba = 2 * 256 + (2 * 256 + 2 * 64 + 16) + (256 + 2 * 64) + 2 * 256
-    assert (
-        memory(replace(one, hybrid_layer_pattern="M"))["activations"] == 128 * 2 * (mamba + 256) + 2 * logits
-    )
+    assert memory(replace(one, hybrid_layer_pattern="M"))["activations"] == 128 * 2 * (mamba + 256)
     ffn = replace(one, hybrid_layer_pattern="-")
-    assert memory(ffn)["activations"] == 128 * 2 * (2 * 256 + 2 * 1000 + 256) + 2 * logits
-    recomputed = 128 * 2 * ((2 * 256 + 2 * 1000) + 256 + 256) + 2 * logits
-    assert memory(ffn, recompute=True)["activations"] == recomputed
+    assert memory(ffn)["activations"] == 128 * 2 * (2 * 256 + 2 * 1000 + 256)
+    recomputed = 128 * 2 * ((2 * 256 + 2 * 1000) + 256 + 256)
+    assert memory(ffn, {"recompute": "full"})["activations"] == recomputed
+
+
+def test_logits_are_of_both_models_and_of_the_last_stage_alone() -> None:
+    one = replace(DENSE, vocab_size=1000)
+    assert memory(one)["logits"] == 128 * 1000 * (2 + 2 + 20)
+    assert memory(one, dtype="fp32")["logits"] == 128 * 1000 * (4 + 4 + 20)
+    assert memory(one, teacher=None)["logits"] == 128 * 1000 * (2 + 12)
+    assert memory(one, training=False, teacher=None, logits=3)["logits"] == 3 * 128 * 1000 * 2
+    for layout in ({"tensor": 2}, {"context": 2}):
+        assert memory(one, layout)["logits"] == memory(one)["logits"] / 2
+    ends = [rank_memory._stage(one, sizes_of(Parallel(pipeline=3)), s, Load(64, 2)) for s in range(3)]
+    assert [stage["logits"] > 0 for stage in ends] == [False, False, True]
+
+
+def test_a_teacher_of_another_shape_weighs_what_it_is() -> None:
+    large = replace(DENSE, hidden_size=512, hybrid_layer_pattern="M-M*M-" * 2)
+    assert memory(DENSE, teacher=large)["teacher"] == 2 * account(large).total_params
+    split = memory(DENSE, {"pipeline": 2}, teacher=large)
+    both = [2 * sum(params_per_rank(large, Parallel(pipeline=2), stage)) for stage in range(2)]
+    assert split["teacher"] in both
 
 
 @pytest.mark.parametrize(
@@ -103,7 +115,7 @@ def test_every_split_saves_memory(layout: dict[str, Any]) -> None:
 
 
 def test_recomputation_saves_activations_only() -> None:
-    kept, recomputed = memory(NANO), memory(NANO, recompute=True)
+    kept, recomputed = memory(NANO), memory(NANO, {"recompute": "full"})
     assert recomputed["activations"] < kept["activations"] / 2
     assert recomputed["weights"] == kept["weights"]
 
@@ -135,12 +147,12 @@ def test_activations_in_flight_are_those_of_the_schedule(stages: int, chunks: in
     layers = stages * (chunks or 1)
     shape = replace(DENSE, hybrid_layer_pattern="M" * layers, vocab_size=2)
     alone = replace(shape, hybrid_layer_pattern="M" * (chunks or 1))
-    one, embedded = (memory(alone, teacher=False)["activations"] - 256 * 6, 2 * 256 * 128)
+    one, embedded = memory(alone, teacher=None)["activations"], 2 * 256 * 128
     parallel = Parallel(pipeline=stages, virtual_pipeline=chunks)
     for stage in range(stages):
         expected = schedule_in_flight(stages, chunks, stage, 100 * stages)
         kept = one - embedded * (stage > 0)
-        found = rank_memory._activations(shape, parallel, stage, 2, True, 128, False, False)
+        found = rank_memory._activations(shape, sizes_of(parallel), stage, Load(64, 2))
         assert found == pytest.approx(expected * kept)
 
 
@@ -151,10 +163,10 @@ def test_a_stage_keeps_the_teachers_hidden_states_with_the_message_that_brought_
         ({"pipeline": 2, "virtual_pipeline": 2}, (2 + 1) / 2, 2),
     ):
         for stage, received in ((0, chunks - 1), (1, chunks)):
-            parallel = Parallel(**layout)
+            parallel = sizes_of(Parallel(**layout, recompute="full"))
             alone, both = (
-                rank_memory._activations(shape, parallel, stage, 2, True, 128, teacher, True)
-                for teacher in (False, True)
+                rank_memory._activations(shape, parallel, stage, Load(64, 2, teacher=teacher))
+                for teacher in (None, shape)
             )
             warm = in_flight + (1 if stage == 0 else 0)
             assert both - alone == pytest.approx(warm * received * entry)
@@ -188,6 +200,27 @@ def test_a_tied_embedding_is_copied_to_the_last_stage() -> None:
     ],
 )
 def test_without_a_world_size_the_smallest_job_is_priced(layout: dict[str, Any], world: int) -> None:
-    assert memory(NANO, layout, distributed_optimizer=True) == memory(
-        NANO, layout | {"world_size": world}, distributed_optimizer=True
-    )
+    whole = layout | {"distributed_optimizer": True}
+    assert memory(NANO, whole) == memory(NANO, whole | {"world_size": world})
+
+
+@given(
+    st.sampled_from([NANO, DENSE]), st.sampled_from(["fp32", "bf16"]), st.booleans(), st.integers(1, 6),
+    st.integers(1, 4096),
+)  # fmt: skip
+def test_more_tokens_take_more_memory_and_sharding_never_does(
+    shape: ParentShape, dtype: str, elastic: bool, micro: int, length: int
+) -> None:
+    def total(layout: dict[str, Any], sequences: int = micro, tokens: int = length) -> int:
+        load = Load(tokens, sequences, dtype, teacher=shape, elastic=elastic)
+        return memory_per_rank(shape, Parallel(**layout), load)["total"]
+
+    plain = total({})
+    assert total({}, micro + 1) > plain and total({}, micro, length + 1) > plain
+    splits = [{"context": 2}, {"tensor": 2, "sequence": True}, {"recompute": "full"}, {"world_size": 8}]
+    splits += [{"expert": 4}] if "E" in shape.hybrid_layer_pattern else []
+    assert all(total(layout) < plain for layout in splits)
+
+
+def test_a_card_is_not_filled_to_the_brim() -> None:
+    assert usable(80) == 80 * 2**30 * 0.9 - 2 * 2**30

@@ -118,7 +118,7 @@ class Slip:
 
     `says` stands in the complaint. `at` is its place where that is not marked in `new`: `FILE:LINE:COLUMN`, or the
     start of the line for others. `overrides` are further words of the command line, `target` the file that it names. What else
-    is wrong then says `also`, a line each; nothing more.
+    is wrong then says `also`, a line each; nothing more. `commands` see it.
     """
 
     file: str = ""
@@ -129,6 +129,7 @@ class Slip:
     overrides: tuple[str, ...] = ()
     target: str = "chain.yaml"
     also: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ("recipe show", "plan", "submit --dry-run")
     environment: dict[str, str] = field(default_factory=dict)
 
     def apply(self, folder: Path) -> str:

@@ -41,8 +41,9 @@ MISPLACED = {
     "one level too high": Slip("stage1.yaml", "  warmup_steps: 60", "‸warmup_steps: 60", "unknown key 'warmup_steps'; 'warmup_steps' belongs to optimizer"),
     "after in a recipe": Slip("rank.yaml", "job: rank", "job: rank\n‸after: [parent]", "unknown key 'after', did you mean 'stop_after'?; 'after' belongs to jobs of the chain"),
     "extends in a section": Slip("rank.yaml", "  samples: 1024", "  ‸extends: base.yaml", "rank: unknown key 'extends'; extends stands at the top of a file"),
+    "links above a chain": Slip("stage2.yaml", "{kind: chain, links: 3}", "{‸links: 3}", "slurm.continuation: unknown key 'links'; 'links' belongs to kind: chain"),
     "links without a chain": Slip("stage1.yaml", "lead: 600}", "‸links: 4}", "slurm.continuation: unknown key 'links'; 'links' belongs to kind: chain"),
-    "lead without a restart": Slip("stage2.yaml", "{kind: chain, links: 3}", "{kind: none}", "slurm.continuation: unknown key 'lead'; 'lead' belongs to kind: requeue or chain", at="stage1.yaml:26:33"),
+    "lead without a restart": Slip("stage2.yaml", "{kind: chain, links: 3}", "{kind: none, ‸lead: 60}", "slurm.continuation: unknown key 'lead'; 'lead' belongs to kind: requeue or chain"),
     "batch of a parameter budget": Slip("stage1.yaml", "{metric: active_params,", "{metric: active_params, ‸batch_size: 3,", "budgets.large: unknown key 'batch_size'; 'batch_size' belongs to metric: memory_bytes"),
     "table of a memory budget": Slip("stage1.yaml", "sequence_length: 8192}", "sequence_length: 8192, ‸table: t}", "budgets.small: unknown key 'table'; 'table' belongs to metric: latency"),
     "bin with an image": Slip("site/cluster.yaml", "  mounts: [/data]", "  mounts: [/data]\n  ‸bin: /opt/bin", "container: unknown key 'bin'; 'bin' belongs to runtime: none"),
@@ -54,7 +55,7 @@ MISPLACED = {
     "a recipe for a cluster file": Slip("chain.yaml", "cluster: site/cluster.yaml", "cluster: rank.yaml", "a cluster file belongs here, but 'name' is a key of a recipe", at="rank.yaml:2:1"),
     "a cluster file for a recipe": Slip("chain.yaml", "{recipe: rank.yaml}", "{recipe: site/cluster.yaml}", "a recipe belongs here, but 'account' is a key of a cluster file", at="site/cluster.yaml:2:1"),
     "a chain in a chain": Slip("chain.yaml", "{recipe: rank.yaml}", "{recipe: chain.yaml}", "a recipe belongs here, but 'cluster' is a key of a chain", at="chain.yaml:2:1"),
-    "a cluster file alone": Slip(target="site/cluster.yaml", says="a recipe belongs here, but 'account' is a key of a cluster file", at="site/cluster.yaml:2:1"),
+    "a cluster file alone": Slip(target="site/cluster.yaml", says="a recipe belongs here, but 'account' is a key of a cluster file", at="site/cluster.yaml:2:1", commands=("plan", "submit --dry-run")),
     "override of another file": Slip(overrides=("cluster.nodes=3",), says="unknown key 'nodes', did you mean 'max_nodes'?; 'nodes' belongs to slurm of the recipe", at="command line `cluster.nodes=3`"),
 }  # fmt: skip
 
@@ -146,11 +147,11 @@ VARIABLES = {
     "of two lines": Slip("site/cluster.yaml", "account: team", "‸account: ${TEAM}", "account: must be text on one line", environment={"TEAM": "a\n#SBATCH --nodes=99"}),
 }  # fmt: skip
 
-_DEEP = "[" * 5000
+_DEEP = "[" * 1000
 
 READING = {
     "chain missing": Slip(target="absent.yaml", says="no such file", at="absent.yaml"),
-    "chain is a folder": Slip(target="site", says="cannot be read: Is a directory", at="site"),
+    "chain is a folder": Slip(target="site", says="cannot be read: Is a directory", at="site", commands=("recipe show", "submit --dry-run")),
     "recipe missing": Slip("chain.yaml", "{recipe: rank.yaml}", "{‸recipe: absent.yaml}", "jobs.rank.recipe: absent.yaml: no such file"),
     "recipe is a folder": Slip("chain.yaml", "{recipe: rank.yaml}", "{‸recipe: site}", "jobs.rank.recipe: site: cannot be read: Is a directory"),
     "cluster file missing": Slip("chain.yaml", "cluster: site/", "‸cluster: sites/", "cluster: sites/cluster.yaml: no such file"),
@@ -167,7 +168,7 @@ READING = {
     "cluster file in a circle": Slip("site/gpus.yaml", "gpus_per_node", "‸extends: cluster.yaml\ngpus_per_node", "extends: goes round in a circle: site/cluster.yaml -> site/gpus.yaml -> site/cluster.yaml"),
     "extends a number": Slip("rank.yaml", "extends: base.yaml", "‸extends: 3", "extends: must be a path or a list of paths"),
     "extends a recipe for a cluster": Slip("site/cluster.yaml", "extends: gpus.yaml", "extends: ../rank.yaml", "a cluster file belongs here, but 'model' is a key of a recipe", at="base.yaml:1:1"),
-    "empty chain": Slip("chain.yaml", None, "", "a recipe or chain is a mapping of keys to values, but it is empty", at="chain.yaml:1:1"),
+    "empty chain": Slip("chain.yaml", None, "", "a recipe is a mapping of keys to values, but it is empty", at="chain.yaml:1:1"),
     "empty recipe": Slip("rank.yaml", None, "# nothing\n", "a recipe is a mapping of keys to values, but it is empty", at="rank.yaml:1:1"),
     "empty cluster file": Slip("site/cluster.yaml", None, "\n", "a cluster file is a mapping of keys to values, but it is empty", at="site/cluster.yaml:1:1"),
     "list for a recipe": Slip("rank.yaml", None, "- a\n", "a recipe is a mapping of keys to values, but it holds a list", at="rank.yaml:1:1"),
@@ -258,9 +259,9 @@ OVERRIDES = {
     "item by its name": Slip(overrides=("stage1.stages.long.tokens=3",), says="stages is a list of 2 items, numbered from 0; it has no 'long'", at="command line `stage1.stages.long.tokens=3`"),
     "inside a number": Slip(overrides=("rank.rank.samples.x=3",), says="rank.samples is a number, so it has no 'x' inside", at="command line `rank.rank.samples.x=3`"),
     "not YAML": Slip(overrides=("stage1.optimizer={lr: ",), says="not valid YAML: ", at="command line `stage1.optimizer={lr:`"),
-    "of a variant": Slip(overrides=("stage1.slurm.continuation.kind=none",), says="slurm.continuation: unknown key 'lead'; 'lead' belongs to kind: requeue or chain", at="stage1.yaml:26:33"),
+    "of a variant": Slip(overrides=("stage1.slurm.continuation.kind=none", "stage1.slurm.continuation.lead=60"), says="slurm.continuation: unknown key 'lead'; 'lead' belongs to kind: requeue or chain", at="command line `stage1.slurm.continuation.lead=60`"),
     "of a single recipe, for a chain": Slip(overrides=("stage1.seed=3",), says="unknown key 'stage1'", at="command line `stage1.seed=3`", target="stage1.yaml"),
-    "cluster of a single recipe": Slip(overrides=("cluster=absent.yaml",), says="slurm.cluster: absent.yaml: no such file", at="command line `slurm.cluster=absent.yaml`", target="stage1.yaml"),
+    "cluster of a single recipe": Slip(overrides=("cluster=absent.yaml",), says="slurm.cluster: absent.yaml: no such file", at="command line `slurm.cluster=absent.yaml`", target="stage1.yaml", commands=("submit --dry-run",)),
     "key of no cluster file": Slip(overrides=("slurm.cluster=", "cluster.account=me"), says="no cluster file is named; add cluster=FILE", at="command line `cluster.account=me`", target="stage1.yaml"),
 }  # fmt: skip
 

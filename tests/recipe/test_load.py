@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from elastic_megatron.errors import UserError
-from elastic_megatron.recipe import Recipe, describe, dump, load
+from elastic_megatron.recipe import Recipe, describe, dump, load, load_jobs
 
 Write = Callable[[str, str], str]
 
@@ -20,7 +20,7 @@ name: full
 seed: 7
 run_dir: run
 model: {hf: parent, dtype: fp32, tokenizer: tok}
-data: {train: [{path: a, weight: 0.7}, {path: b, weight: 3e-1}], valid: [{path: v, weight: 1}], cache: c, eval_text: t}
+data: {train: [{path: a, weight: 0.7}, {path: b, weight: 3e-1}], valid: [{path: v, weight: 1}], cache: c}
 space:
   choices: {hidden_size: [4, 8], mamba_num_heads: [2, 4], num_layers: [3, 4]}
   lanes: {mamba_num_heads: 2}
@@ -87,6 +87,106 @@ def test_null_removes_what_was_inherited(write: Write) -> None:
     assert (recipe.model.hf, list(recipe.budgets), recipe.rank.samples) == (None, ["b"], 1024)
 
 
+REQUEUE = "slurm: {continuation: {kind: requeue, lead: 60, max_failures: 7}}\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "overrides", "continuation"),
+    [
+        ({"r": "extends: base.yaml\nslurm: {continuation: {kind: none}}"}, [], {"kind": "none"}),
+        ({"r": "extends: base.yaml"}, ["slurm.continuation.kind=none"], {"kind": "none"}),
+        # what the variants share stays
+        (
+            {"r": "extends: base.yaml\nslurm: {continuation: {kind: chain, links: 3}}"},
+            [],
+            {"kind": "chain", "links": 3, "lead": 60, "max_failures": 7},
+        ),
+        # over two files, and back again
+        (
+            {
+                "mid": "extends: base.yaml\nslurm: {continuation: {kind: chain, links: 3}}",
+                "r": "extends: mid.yaml\nslurm: {continuation: {kind: requeue}}",
+            },
+            ["slurm.continuation.lead=9"],
+            {"kind": "requeue", "lead": 9, "max_failures": 7},
+        ),
+        # of several parents the later one is the higher layer
+        (
+            {"b": "slurm: {continuation: {kind: none}}", "r": "extends: [base.yaml, b.yaml]"},
+            [],
+            {"kind": "none"},
+        ),
+    ],
+)
+def test_another_variant_leaves_inherited_keys_behind(
+    write: Write, files: dict[str, str], overrides: list[str], continuation: dict[str, object]
+) -> None:
+    write("base.yaml", MINIMAL + REQUEUE)
+    for name, text in files.items():
+        write(f"{name}.yaml", text)
+    assert load("r.yaml", overrides).slurm.continuation.model_dump() == continuation
+
+
+def test_other_unions_do_so_too(write: Write) -> None:
+    budgets = "budgets: {a: {metric: memory_bytes, target: 0.5, sequence_length: 8, format: fp8}}\n"
+    write("base.yaml", MINIMAL + "space: {choices: {hidden_size: [4]}}\n" + budgets)
+    write("r.yaml", "extends: base.yaml\nbudgets: {a: {metric: total_params}}\n")
+    assert load("r.yaml").budgets["a"].model_dump() == {
+        "metric": "total_params",
+        "target": 0.5,
+        "unit": "ratio",
+    }
+    write("site.yaml", "container: {runtime: pyxis, image: a, mounts: [/data], mount_home: true}\n")
+    write("own.yaml", "extends: site.yaml\ncontainer: {runtime: none}\n")
+    write("other.yaml", "extends: site.yaml\ncontainer: {runtime: apptainer}\n")
+    write("chain.yaml", "name: c\nrun_dir: c\ncluster: own.yaml\njobs: {a: {recipe: r.yaml}}\n")
+    assert load_jobs("chain.yaml").cluster.container.runtime == "none"
+    assert load_jobs("chain.yaml", ["cluster=other.yaml"]).cluster.container.image == "a"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "line"),
+    [
+        # beside the choice, or after it, a key of another variant is a mistake
+        (
+            "extends: base.yaml\nslurm: {continuation: {kind: none, lead: 3}}",
+            [],
+            "r.yaml:2:36: slurm.continuation: unknown key 'lead'",
+        ),
+        (
+            "extends: none.yaml\nslurm: {continuation: {lead: 3}}",
+            [],
+            "r.yaml:2:24: slurm.continuation: unknown",
+        ),
+        (
+            "extends: base.yaml",
+            ["slurm.continuation.lead=3", "slurm.continuation.kind=none"],
+            "command line `slurm.continuation.lead=3`: slurm.continuation: unknown key 'lead'",
+        ),
+        (
+            "extends: none.yaml",
+            ["slurm.continuation.lead=3"],
+            "command line `slurm.continuation.lead=3`: slurm",
+        ),
+        # and one of no variant always
+        (
+            "extends: typo.yaml\nslurm: {continuation: {kind: none}}",
+            [],
+            "typo.yaml:2:24: slurm.continuation: unknown key 'leed'",
+        ),
+    ],
+)
+def test_a_key_of_another_variant_beside_or_above_the_choice_is_a_mistake(
+    write: Write, text: str, overrides: list[str], line: str
+) -> None:
+    write("base.yaml", MINIMAL + REQUEUE)
+    write("none.yaml", "extends: base.yaml\nslurm: {continuation: {kind: none}}")
+    write("typo.yaml", "extends: base.yaml\nslurm: {continuation: {leed: 3}}")
+    with pytest.raises(UserError) as caught:
+        load(write("r.yaml", text), overrides)
+    assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
+
+
 def test_a_typo_with_null_is_still_a_typo(write: Write) -> None:
     with pytest.raises(UserError, match="r.yaml:4:1: unknown key 'bugets', did you mean 'budgets'"):
         load(write("r.yaml", MINIMAL + "bugets: null\n"))
@@ -111,8 +211,7 @@ def test_a_circle_of_extends_is_refused(write: Write) -> None:
     with pytest.raises(UserError) as caught:
         load("a.yaml")
     assert (
-        str(caught.value)
-        == "sub/b.yaml:3:5: extends: goes round in a circle: a.yaml -> sub/b.yaml -> a.yaml"
+        str(caught.value) == "sub/b.yaml:3:5: extends: goes round in a circle: a.yaml -> sub/b.yaml -> a.yaml"
     )
 
 
@@ -135,13 +234,13 @@ def test_extends_holds_paths(write: Write, value: str) -> None:
 def test_paths_start_from_the_file_that_wrote_them(write: Write, tmp_path: Path) -> None:
     write(
         "one/two/base.yaml",
-        "data: {cache: ../c, eval_text: /abs/t, train: [{path: d/x, weight: 1}]}\nrun_dir: r\nname: a\n",
+        "data: {cache: ../c, valid: [{path: /abs/v, weight: 1}], train: [{path: d/x, weight: 1}]}\nrun_dir: r\nname: a\n",
     )
     write("three/r.yaml", "extends: ../one/two/base.yaml\nmodel: {hf: ./m, tokenizer: ~/tok}\n")
     recipe = load("three/r.yaml", ["teacher.checkpoint=t/../u"])
     assert recipe.run_dir == tmp_path / "one/two/r"
     assert recipe.data.cache == tmp_path / "one/c"
-    assert recipe.data.eval_text == Path("/abs/t")
+    assert recipe.data.valid[0].path == Path("/abs/v")
     assert recipe.data.train[0].path == tmp_path / "one/two/d/x"
     assert recipe.model.hf == tmp_path / "three/m"
     assert recipe.model.tokenizer == Path.home() / "tok"

@@ -163,6 +163,20 @@ def fake_chain(
     return Chain(slurm, file, folder / run_dir)
 
 
+def real_chain(slurm: LocalSlurm, folder: Path) -> Chain:
+    """`recipes/tiny_cpu/chain.yaml` in a folder of its own, with the data that it wants."""
+    from elastic_megatron.data.prepare import prepare
+    from elastic_megatron.data.tokenizer import byte_tokenizer
+
+    recipes, run_dir = copy_recipes(folder), folder / "runs" / "tiny_cpu"
+    tokenizer = run_dir / "data" / "train_tokenizer"
+    byte_tokenizer().save_pretrained(tokenizer)
+    for name in ("train", "valid"):
+        text = REPOSITORY / "examples" / "data" / f"shakespeare_{name}.txt"
+        prepare([text], run_dir / "data" / name, tokenizer)
+    return Chain(slurm, recipes / "chain.yaml", run_dir)
+
+
 def fake_tools(folder: Path, plans: Mapping[str, Sequence[str]]) -> Path:
     """A folder with the fake trainer under the name of the real one, its plans, and the real torchrun."""
     tools = folder / "tools"

@@ -144,7 +144,9 @@ class LocalSlurm:
         self._plugins = plugins
         self.nodes = [f"{self._prefix}{index + 1}" for index in range(nodes)]
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: it holds a socket
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SRUN"))}
+        # bytecode is kept: otherwise every rank compiles torch anew, which takes longer than to train
+        left_out = ("SLURM", "SBATCH", "SRUN", "PYTHONDONTWRITEBYTECODE")
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
         self.env = inherited | {"SLURM_CONF": str(self.folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
 
     def __enter__(self) -> LocalSlurm:

@@ -18,6 +18,7 @@ FOUR = range(4)
 
 # scenario -> plans of its jobs, continuation of the first, lines of the cluster file
 SCENARIOS = {
+    "torchrun": ({"first": ["wait", "finish"]}, "{kind: requeue}", "launcher: torchrun"),
     "crashing": ({"first": ["exit-7"], "second": ["finish"]}, "{kind: requeue, max_failures: 2}", ""),
     "advancing": ({"first": ["advance-7", "finish"]}, "{kind: requeue, max_failures: 1}", ""),
     "bad input": ({"first": ["exit-2"], "second": ["finish"]}, "{kind: requeue}", ""),
@@ -25,7 +26,6 @@ SCENARIOS = {
     "signalled": ({"first": ["wait", "finish"], "second": ["finish"]}, "{kind: requeue}", ""),
     "killed": ({"first": ["wait", "finish"]}, "{kind: requeue}", ""),
     "links": ({"first": ["wait", "wait", "finish"], "second": ["finish"]}, "{kind: chain, links: 3}", ""),
-    "torchrun": ({"first": ["wait", "finish"]}, "{kind: requeue}", "launcher: torchrun"),
 }  # fmt: skip
 
 
@@ -53,8 +53,9 @@ def chains(slurm: LocalSlurm, tmp_path_factory: pytest.TempPathFactory) -> Itera
         )
         made[name].submit()
     os.kill(made["killed"].wait_until_waiting("first")[2], signal.SIGKILL)
-    made["links"].wait_until_waiting("first")
-    made["links"].send_usr1("first")
+    for name in ("links", "torchrun"):
+        made[name].wait_until_waiting("first")
+        made[name].send_usr1("first")
     yield made
     slurm.reset()
 
@@ -174,8 +175,6 @@ def test_links_follow_one_another_until_the_work_is_done(chains: dict[str, Chain
 
 def test_torchrun_hands_the_signal_on_and_gives_ranks_their_numbers(chains: dict[str, Chain]) -> None:
     chain = chains["torchrun"]
-    chain.wait_until_waiting("first")
-    chain.send_usr1("first")
     assert chain.wait_until_ended("first", timeout=120)["state"] == "done"
     assert chain.signals("first") == [f"1 {rank} USR1" for rank in FOUR]
     assert chain.attempts("first") == ["75", "0"]

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from run_state import assert_same_state, lines, state_of
 from torch import Tensor
 
 from elastic_megatron.blocks import build_elastic_model
@@ -31,38 +32,6 @@ from elastic_megatron.training.family import parent_source
 from elastic_megatron.training.train import train
 
 pytestmark = pytest.mark.usefixtures("megatron")
-
-
-def lines(run_dir: Path) -> list[dict[str, Any]]:
-    """Metrics without the wall clock."""
-    out = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    for line in out:
-        line.pop("step_ms", None)
-    return out
-
-
-def state_of(recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Every weight (router included) and the optimizer state of the newest checkpoint."""
-    source = parent_source(recipe)
-    model = build_student(recipe, source, elastic_space(recipe, source.manifest))
-    path = newest(recipe.run_dir / "checkpoints")
-    assert path is not None
-    distributed.load(path, model.chunks, optimizer=model.optimizer)
-    weights = {n: t.clone() for n, t in model.chunks[0].state_dict().items() if isinstance(t, Tensor)}
-    moments = {
-        f"{n}.{key}": value.clone()
-        for n, p in enumerate(model.optimizer.get_parameters())
-        for optimizer in getattr(model.optimizer, "chained_optimizers", [model.optimizer])
-        for key, value in optimizer.optimizer.state.get(p, {}).items()
-    }
-    return weights, moments
-
-
-def assert_same_state(a: Recipe, b: Recipe) -> None:
-    for mine, theirs in zip(state_of(a), state_of(b), strict=True):
-        assert set(mine) == set(theirs) and mine
-        for name, value in theirs.items():
-            assert torch.equal(mine[name], value), name
 
 
 @pytest.fixture(scope="module")

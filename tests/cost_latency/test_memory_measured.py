@@ -1,0 +1,134 @@
+"""What the memory formulas count is what torch holds: in the loss, and for the masks of an elastic model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from elastic_megatron.blocks import build_elastic_model, build_model, running
+from elastic_megatron.cost import rank_memory
+from elastic_megatron.cost.rank_memory import Load
+from elastic_megatron.cost.setting import sizes_of
+from elastic_megatron.ops import SubmodelMix
+from elastic_megatron.ops.kd import distillation_loss
+from elastic_megatron.recipe.training import Parallel
+from elastic_megatron.space import ElasticSpace, ParentShape
+
+TOKENS = 256
+SHAPE = ParentShape(
+    "M", hidden_size=256, vocab_size=64, ffn_hidden_size=1024, num_moe_experts=8, moe_router_topk=2,
+    moe_ffn_hidden_size=192, moe_shared_expert_intermediate_size=384, mamba_num_heads=16, mamba_head_dim=32,
+    mamba_state_dim=32, mamba_num_groups=4, num_attention_heads=8, num_query_groups=2, kv_channels=32,
+)  # fmt: skip
+CHOICES = {
+    "M": {"mamba_num_heads": [8, 16]},
+    "*": {"num_attention_heads": [4, 8]},
+    "-": {"ffn_hidden_size": [512, 1024]},
+    "E": {
+        "moe_ffn_hidden_size": [96, 192],
+        "num_moe_experts": [4, 8],
+        "moe_shared_expert_intermediate_size": [192, 384],
+    },
+}
+
+
+def peak(run: Callable[[], object]) -> int:
+    """Most bytes that a call holds at a time, beyond what was there."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    results: Any = profiled.profiler
+    held = most = 0
+    for event in sorted(results.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "cross_entropy"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_loss_holds_what_the_formula_says(dtype: str, kind: str, temperature: float) -> None:
+    vocab, dtypes = 4096, {"fp32": torch.float32, "bf16": torch.bfloat16}
+    student, teacher = (torch.randn(1, 64, vocab).to(dtypes[dtype]).requires_grad_() for _ in range(2))
+    labels = torch.zeros(1, 64, dtype=torch.long)
+
+    def run() -> None:
+        reference = None if kind == "cross_entropy" else teacher
+        loss, _ = distillation_loss(
+            student, reference, labels, kind=kind, temperature=temperature, ce_weight=0.0
+        )
+        loss.sum().backward()
+
+    run()
+    student.grad = None
+    shape = ParentShape("-", hidden_size=8, vocab_size=vocab, ffn_hidden_size=8)
+    load = Load(64, 1, dtype, teacher=None if kind == "cross_entropy" else shape)
+    counted = rank_memory._logits(shape, sizes_of(Parallel()), load)
+    models = 1 if kind == "cross_entropy" else 2
+    assert peak(run) == pytest.approx(counted - models * 64 * vocab * load.size, rel=0.01)
+
+
+def kept(model: Any, mix: SubmodelMix | None) -> int:
+    """Bytes of activations that one forward pass keeps for its backward pass."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            alive.append(tensor)
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.zeros(1, TOKENS, dtype=torch.long)
+    run = running(model, mix) if mix is not None else nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), run:
+        model(tokens, torch.arange(TOKENS).expand(1, -1), None)
+    return sum(storages.values())
+
+
+def layer_keeps(symbol: str, elastic: bool) -> int:
+    """Of one layer: what two keep, less what one keeps."""
+    found = []
+    for layers in (1, 2):
+        shape = ParentShape.from_dict(SHAPE.to_dict() | {"hybrid_layer_pattern": symbol * layers})
+        mix = None
+        if elastic:
+            space = ElasticSpace.build(shape, {"hidden_size": [128, 256], **CHOICES[symbol]})
+            probs = {
+                a: torch.full((len(space.choices_of(a)),), 1 / len(space.choices_of(a))).requires_grad_()
+                for a in space.axes
+            }
+            mix = SubmodelMix(space, probs)
+            model = build_elastic_model(space, dtype=torch.bfloat16).train()
+        else:
+            model = build_model(shape, dtype=torch.bfloat16).train()
+        found.append(kept(model, mix))
+    return found[1] - found[0]
+
+
+@pytest.mark.parametrize("symbol", list("M*-E"))
+def test_learning_masks_keep_one_more_of_what_they_multiply(megatron: Any, symbol: str) -> None:
+    """The masks themselves, a vector or two, are not counted."""
+    parallel = sizes_of(Parallel())
+    with_masks, without = (
+        rank_memory._layer_bytes(SHAPE, parallel, symbol, Load(TOKENS, 1, elastic=elastic))
+        for elastic in (True, False)
+    )
+    measured = layer_keeps(symbol, True) - layer_keeps(symbol, False)
+    assert measured == pytest.approx(with_masks - without, rel=0.01)
+
+
+def test_layers_keep_at_least_what_is_counted(megatron: Any) -> None:
+    """Without fused kernels norms are kept in fp32 besides."""
+    for symbol in "M*-E":
+        counted = rank_memory._layer_bytes(SHAPE, sizes_of(Parallel()), symbol, Load(TOKENS, 1))
+        assert layer_keeps(symbol, False) >= 0.95 * counted

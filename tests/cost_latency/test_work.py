@@ -1,0 +1,74 @@
+"""Floating-point operations of jobs, against counts of what the code really runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from layout_shapes import DENSE, NANO
+
+from elastic_megatron.cost import account
+from elastic_megatron.cost.work import Fed, forward_flops, gpu_hours, ranking_flops, training_flops
+from elastic_megatron.importance import depth
+
+
+def test_a_forward_pass_is_flops_per_token_times_tokens() -> None:
+    fed = Fed(10, 8192)
+    assert fed.tokens == 81920
+    assert forward_flops(NANO, fed) == 81920 * account(NANO, context_length=8192).flops_per_token
+
+
+def test_training_is_three_passes_of_the_student_and_one_of_the_teacher() -> None:
+    fed = [Fed(4, 128), Fed(2, 256)]
+    one = sum(forward_flops(DENSE, each) for each in fed)
+    other = sum(forward_flops(NANO, each) for each in fed)
+    assert training_flops(DENSE, None, fed) == 3 * one
+    assert training_flops(DENSE, DENSE, fed) == 4 * one
+    assert training_flops(DENSE, DENSE, fed, recompute=True) == 5 * one
+    assert training_flops(DENSE, NANO, fed) == 3 * one + other
+
+
+def test_hours_are_of_one_gpu_at_a_share_of_its_peak() -> None:
+    assert gpu_hours(3.6e15, 1.0, 1.0) == 1.0
+    assert gpu_hours(3.6e15, 1.0, 0.25) == 4.0
+
+
+@pytest.mark.parametrize("layers", [1, 2, 7])
+def test_depth_is_ranked_by_as_many_layers_as_counted(monkeypatch: pytest.MonkeyPatch, layers: int) -> None:
+    """The passes of ``depth_ranking`` itself, in layers run, plus the two that prove the sorting."""
+    skipped, run = 0, 0
+
+    @contextmanager
+    def without(chunks: Sequence[Any], dropped: Sequence[int]) -> Iterator[None]:
+        nonlocal skipped
+        skipped = len(dropped)
+        yield
+        skipped = 0
+
+    def forward_only(chunks: Sequence[Any], batches: Sequence[Any], consume: Any) -> list[Any]:
+        nonlocal run
+        run += (layers - skipped) * len(batches)
+        return [consume(batch, torch.ones(1, 2)) for batch in batches]
+
+    groups = SimpleNamespace(pp=SimpleNamespace(size=lambda: 1))
+    chunk = SimpleNamespace(pg_collection=groups, parameters=lambda: iter([torch.ones(1)]))
+    monkeypatch.setattr(depth, "without", without)
+    monkeypatch.setattr(depth, "forward_only", forward_only)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
+    depth.depth_ranking([chunk], [{"tokens": torch.zeros(1, 2)}], layers=layers, iterative=True)
+    fed = Fed(1, 128)
+    shape = replace(DENSE, hybrid_layer_pattern="M" * layers)
+    counted = ranking_flops(shape, fed, fed, widths=False, depth=True) / forward_flops(shape, fed)
+    assert counted == pytest.approx(2 + run / layers)
+
+
+def test_widths_take_one_pass_over_the_samples() -> None:
+    samples, batch = Fed(64, 128), Fed(2, 128)
+    one, both = forward_flops(DENSE, samples), forward_flops(DENSE, batch)
+    assert ranking_flops(DENSE, samples, batch, widths=True, depth=False) == one + 2 * both
+    assert ranking_flops(DENSE, samples, batch, widths=False, depth=False) == 2 * both

@@ -1,0 +1,216 @@
+"""Every impossible setting is one finding, and what that finding says to do mends it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from chain_files import EXPORT, SHAPE, TRAIN, findings, remedies, write_chain, write_data, write_model
+
+DRAWS = ("train.stages.0.samples_per_draw=4", "train.stages.1.samples_per_draw=2")
+NINE = ("train.stages.0.global_batch_size=36", "train.stages.1.global_batch_size=36")
+# overrides of a chain without findings -> job, what its one finding says
+SETTINGS: dict[str, tuple[list[str], str, str]] = {
+    "dense ranks": (["train.parallel.context=1", "train.slurm.nodes=1", "train.slurm.ranks_per_node=3",
+                     "train.parallel.expert=1"], "train", "1 nodes x 3 ranks = 3 is not a multiple of tensor 2 x"),
+    "expert ranks": (["train.parallel.expert=8", "train.slurm.nodes=1", *DRAWS, "train.space.lanes.num_moe_experts=8",
+                      "rank.space.lanes.num_moe_experts=8"], "train", "expert_tensor 1 x expert 8 x pipeline 1 = 8"),
+    "sequence parallelism": (["train.parallel.sequence=false"], "train", "parallel.tensor=2 with MoE layers"),
+    "tensor": (["train.parallel.tensor=8", "train.parallel.context=1", "train.space.choices={num_moe_experts: [8,16]}",
+                "train.space.lanes={num_moe_experts: 4}", "rank.space.choices={num_moe_experts: [8,16]}",
+                "rank.space.lanes={num_moe_experts: 4}", "cluster.gpus_per_node=8", "rank.slurm.ranks_per_node=4"],
+               "train", "parallel.tensor=8 does not divide mamba_num_groups=4"),
+    "experts": (["train.parallel.expert=3", "train.slurm.nodes=3", *NINE, "train.stages.0.samples_per_draw=6",
+                 "train.stages.1.samples_per_draw=3"], "train", "parallel.expert=3 does not divide num_moe_experts=16"),
+    "expert width": (["train.parallel.expert_tensor=3", "train.slurm.nodes=6", *NINE,
+                      "train.stages.0.samples_per_draw=6", "train.stages.1.samples_per_draw=3"], "train",
+                     "parallel.expert_tensor=3 does not divide moe_ffn_hidden_size=128"),
+    "width of a submodel": (["train.parallel.expert=1", "train.parallel.expert_tensor=4",
+                             "train.space.choices.moe_ffn_hidden_size=[62,128]"], "train",
+                            "parallel.expert_tensor=4 does not divide moe_ffn_hidden_size=62 of a submodel"),
+    "lanes of all jobs": (["rank.space.lanes.num_moe_experts=2", "train.space.lanes.num_moe_experts=2"], "rank, train",
+                          "space.lanes.num_moe_experts=2 is not a multiple of parallel.expert=4"),
+    "context and heads": (["train.parallel.context=16", "train.slurm.nodes=8"], "train",
+                          "parallel.tensor x parallel.context = 32 does not divide mamba_num_heads=16"),
+    "pipeline": (["train.parallel.pipeline=9", "train.slurm.nodes=9", "cluster.max_nodes=9"], "train",
+                 "parallel.pipeline=9 is more than the 8 layers"),
+    "virtual pipeline": (["train.parallel.virtual_pipeline=3", "train.parallel.pipeline=4", "train.slurm.nodes=4"],
+                         "train", "parallel.pipeline=4 x virtual_pipeline=3 = 12 is more than the 8 layers"),
+    "interleaved batches": (["train.parallel.virtual_pipeline=2", "train.parallel.pipeline=2", "train.slurm.nodes=4",
+                             "train.stages.1.global_batch_size=6"], "train", "3 micro-batches a step"),
+    "sequence": (["train.stages.0.seq_length=1022"], "train", "seq_length=1022 is not a multiple of 4"),
+    "batch": (["train.stages.1.global_batch_size=15"], "train", "global_batch_size=15 is not a multiple of"),
+    "batch and nodes": (["train.slurm.nodes=3", "train.stages.0.global_batch_size=36"], "train",
+                        "global_batch_size=16 is not a multiple of micro_batch_size 1 x 3"),
+    "calibration samples": (["rank.rank.samples=62"], "rank", "samples=62 is not a multiple of"),
+    "calibration sequence": (["rank.rank.seq_length=257", "rank.parallel.context=2"], "rank", "seq_length=257"),
+    "memory of logits": (["train.stages.0.micro_batch_size=16"], "train", "most of it logits (0.4 GiB)"),
+    "memory of activations": (["train.stages.1.seq_length=32768", "parent.max=32768"], "train",
+                              "estimated 1.5 GiB, most of it logits (0.8 GiB)"),
+    "memory of one rank": (["train.stages.1.seq_length=131072", "parent.max=131072"], "train", "more than the 3 GiB"),
+    "nodes": (["train.slurm.nodes=9", *NINE], "train", "slurm.nodes=9 is more than the cluster's max_nodes=8"),
+    "time": (["train.slurm.time=9:00:00"], "train", "slurm.time=9:00:00 is longer than the cluster's max_time=8:00:00"),
+    "ranks of a node": (["train.slurm.ranks_per_node=8"], "train", "slurm.ranks_per_node=8 is more than"),
+    "tensor across nodes": (["train.parallel.tensor=4", "train.slurm.ranks_per_node=2", "train.slurm.nodes=8"],
+                            "train", "parallel.tensor=4 spans nodes of 2 ranks"),
+    "positions": (["train.stages.1.seq_length=8192"], "train", "stages.1.seq_length=8192 is longer than"),
+    "optimizer": (["train.parallel.distributed_optimizer=false"], "train", "parallel.distributed_optimizer is false"),
+    "quantised training": (["train.quantize.format=nvfp4"], "train", "training with quantize is not built yet"),
+    "submodel": (["export.export.submodels=[smal]"], "export", "there will be no smal, but large, small"),
+    "depth": (["rank.space.choices.num_layers=[4,8]"], "rank", "num_layers is elastic, but rank.depth is false"),
+    "time of one job": (["train.slurm.time=0:06:00", "train.slurm.continuation={kind: none}",
+                         "train.stages.0.tokens=1e8"], "train", "an estimated 33 minutes of work take 6 times"),
+    "time of links": (["train.slurm.time=0:06:00", "train.slurm.continuation={kind: chain, links: 2, lead: 60}",
+                       "train.stages.0.tokens=1e8"], "train", "take 7 times slurm.time=0:06:00, but"),
+    "time of ranking": (["rank.slurm.time=0:01:00", "rank.rank.samples=65536"], "rank", "a rank job begins anew"),
+}  # fmt: skip
+
+
+MAY_BE_MEANT = {
+    "memory of logits", "memory of activations", "tensor across nodes", "positions", "time of one job",
+    "time of links", "time of ranking",
+}  # fmt: skip
+
+
+def prepared(folder: Path, overrides: list[str]) -> tuple[Path, list[str]]:
+    """The chain's file and the overrides without ``parent.max``, which is written into the parent's config."""
+    chain, own = write_chain(folder), [o for o in overrides if not o.startswith("parent.max=")]
+    for override in set(overrides) - set(own):
+        positions = int(override.partition("=")[2])
+        write_model(folder / "parent", replace(SHAPE, max_position_embeddings=positions))
+    return chain, own
+
+
+def test_the_chain_itself_has_no_findings(tmp_path: Path) -> None:
+    assert findings(write_chain(tmp_path)) == []
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_impossible_setting_is_one_finding_and_its_remedies_mend_it(tmp_path: Path, name: str) -> None:
+    overrides, job, says = SETTINGS[name]
+    chain, overrides = prepared(tmp_path, overrides)
+    (found,) = findings(chain, *overrides)
+    assert found.job == job and says in found.text and "\n" not in found.text
+    assert (found.severity == "warning") == (name in MAY_BE_MEANT)
+    ways = remedies(found)
+    assert ways, found.text
+    for way in ways:
+        assert findings(chain, *overrides, *way) == [], way
+
+
+def test_several_findings_come_at_once_errors_first(tmp_path: Path) -> None:
+    chain = write_chain(tmp_path)
+    found = findings(
+        chain, "train.stages.1.seq_length=8192", "rank.rank.samples=63", "train.parallel.sequence=false"
+    )
+    assert [(f.job, f.severity) for f in found] == [
+        ("rank", "error"),
+        ("train", "error"),
+        ("train", "warning"),
+    ]
+    assert str(found[0]).startswith("rank: rank: samples=63")
+
+
+NVFP4 = """
+    quantize: {format: nvfp4}
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            ["train.space.choices.moe_ffn_hidden_size=[48,128]"],
+            "moe_ffn_hidden_size=48 leaves 24 in each of 2 parts",
+        ),
+        (
+            ["train.space.choices.hidden_size=[120,256]"],
+            "hidden_size=120 leaves 120 of them, multiples of 16",
+        ),
+        (["parent.moe_shared_expert_intermediate_size=72"], "size=72 leaves 36 in each of 2 parts"),
+    ],
+)
+def test_nvfp4_takes_whole_blocks_of_every_rank_and_lane(
+    tmp_path: Path, overrides: list[str], says: str
+) -> None:
+    """Quantised training is refused as long as it is not built, and checked all the same."""
+    chain = write_chain(tmp_path, train=TRAIN + NVFP4)
+    own = [o for o in overrides if not o.startswith("parent.")]
+    for override in set(overrides) - set(own):
+        name, _, value = override.removeprefix("parent.").partition("=")
+        write_model(tmp_path / "parent", replace(SHAPE, **{name: int(value)}))
+    refused, found = findings(chain, *own)
+    assert "not built yet" in refused.text and says in found.text
+    assert ["train.quantize.format=fp8"] in remedies(found)
+    for way in remedies(found):
+        assert [f.text for f in findings(chain, *own, *way)] == [refused.text]
+
+
+def test_quantize_jobs_are_refused_in_one_line(tmp_path: Path) -> None:
+    chain = write_chain(tmp_path, export=EXPORT.replace("job: export", "job: quantize") + NVFP4)
+    (found,) = findings(chain, "export.export=null")
+    assert found.job == "export" and found.text.startswith("quantize jobs are not built yet")
+
+
+def remove(path: Path) -> Callable[[Path], object]:
+    return lambda root: (root / path).unlink()
+
+
+def replaced(name: str, old: str, new: str) -> Callable[[Path], object]:
+    def edit(root: Path) -> None:
+        text = (root / name).read_text()
+        assert old in text
+        (root / name).write_text(text.replace(old, new))
+
+    return edit
+
+
+def filled(path: str) -> Callable[[Path], object]:
+    def fill(root: Path) -> None:
+        (root / path).mkdir(parents=True)
+        (root / path / "file").touch()
+
+    return fill
+
+
+@pytest.mark.parametrize(
+    ("spoil", "job", "says", "mend"),
+    [
+        (remove(Path("data/train.idx")), "rank, train", "data.train.0.path: ROOT/data/train.idx is missing; write it by:",
+         lambda root: write_data(root / "data/train")),
+        (remove(Path("data/valid.bin")), "train", "data.valid.0.path: ROOT/data/valid.bin is missing",
+         lambda root: write_data(root / "data/valid")),
+        (remove(Path("parent/config.json")), "rank", "model.hf: ROOT/parent/config.json is missing",
+         lambda root: write_model(root / "parent")),
+        (replaced("chain.yaml", "train.yaml, after: [rank]", "train.yaml"), "train",
+         "model.checkpoint: ROOT/runs/rank is written by job rank, which need not be done before; "
+         "add rank to jobs.train.after",
+         replaced("chain.yaml", "train.yaml", "train.yaml, after: [rank]")),
+        (replaced("export.yaml", "runs/train", "runs/other"), "export", "model.checkpoint: ROOT/runs/other holds no",
+         replaced("export.yaml", "runs/other", "runs/train")),
+        (replaced("export.yaml", "runs/export", "data/train.bin/run"), "export",
+         "run_dir: ROOT/data/train.bin cannot be written to; choose another run_dir",
+         replaced("export.yaml", "data/train.bin/run", "runs/export")),
+        (filled("out/elastic"), "export", "export.elastic: ROOT/out/elastic holds something that this recipe did not",
+         lambda root: shutil.rmtree(root / "out/elastic")),
+        (filled("out/slices/small"), "export", "export.slices: ROOT/out/slices/small holds something",
+         lambda root: shutil.rmtree(root / "out/slices/small")),
+        (replaced("base.yaml", "{dtype: bf16}", "{dtype: bf16, tokenizer: tok}"), "rank, train, export",
+         "model.tokenizer: ROOT/tok is no folder", lambda root: (root / "tok").mkdir()),
+        (replaced("train.yaml", "small: {metric: active_params, target: 0.7}",
+                  "small: {metric: latency, target: 0.7, table: times.json}"), "train",
+         "budgets.small.table: ROOT/times.json is missing; measure it", lambda root: (root / "times.json").touch()),
+    ],
+)  # fmt: skip
+def test_a_missing_or_taken_path_is_one_finding(
+    tmp_path: Path, spoil: Callable[[Path], object], job: str, says: str, mend: Callable[[Path], object]
+) -> None:
+    chain = write_chain(tmp_path)
+    spoil(tmp_path)
+    (found,) = findings(chain)
+    assert found.job == job and says.replace("ROOT", str(tmp_path)) in found.text and "\n" not in found.text
+    mend(tmp_path)
+    assert findings(chain) == []
