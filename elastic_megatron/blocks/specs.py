@@ -41,7 +41,7 @@ def elastic_hybrid_stack_spec(space: ElasticSpace, stock: ModuleSpec) -> ModuleS
 
 
 def with_mamba_sizes(stock: ModuleSpec, parent: ParentShape) -> ModuleSpec:
-    """A stack spec whose Mamba mixers have the parent's convolution and chunk: Megatron's config has no field for them."""
+    """A stack spec whose Mamba mixers convolve and chunk as the parent does: Megatron's config has no such fields."""
     spec = copy.deepcopy(stock)
     mixer = spec.submodules.mamba_layer.submodules.mixer
     mixer.params = {

@@ -8,12 +8,13 @@ from typing import Literal
 
 from ..errors import UserError
 from ..recipe import JobChain, PlannedJob
+from .budgets import budget_problems
 from .cluster import cluster_problems, time_limit
 from .disk import disk_problems
 from .family import Families, Found
 from .layout import job_problems
 from .memory import memory_problems
-from .paths import path_problems
+from .paths import chain_folders, path_problems
 from .runs import shared_runs
 from .work import time_problems
 
@@ -42,7 +43,7 @@ def preflight(chain: JobChain) -> list[Finding]:
     command line write them. Empty where nothing was found.
     """
     families = Families(chain)
-    names: dict[Found, list[str]] = {found: [] for found in cluster_problems(chain)}
+    names: dict[Found, list[str]] = {found: [] for found in (*chain_folders(chain), *cluster_problems(chain))}
     for job in chain.jobs:
         for found in dict.fromkeys(_of_job(chain, job, families)):
             names.setdefault(found, []).append(job.name)
@@ -65,4 +66,5 @@ def _of_job(chain: JobChain, job: PlannedJob, families: Families) -> Iterator[Fo
     yield from problems
     if not any(severity == "error" for severity, _ in problems):
         yield from memory_problems(chain, job, family)
+        yield from budget_problems(job, family)
         yield from time_problems(chain, job, family)

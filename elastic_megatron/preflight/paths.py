@@ -21,6 +21,13 @@ def path_problems(chain: JobChain, job: PlannedJob) -> Iterator[Found]:
             yield "error", f"{key}: {nearest(folder)} cannot be written to; choose another {key}"
 
 
+def chain_folders(chain: JobChain) -> Iterator[Found]:
+    """Findings about the folders that ``submit`` itself writes to."""
+    for key, folder in (("run_dir", chain.run_dir), ("log_dir", chain.cluster.log_dir)):
+        if folder is not None and not writable(folder):
+            yield "error", f"{key} of the chain: {nearest(folder)} cannot be written to; choose another {key}"
+
+
 def nearest(path: Path) -> Path:
     """The path, or the nearest folder above it that exists."""
     while not path.exists():
@@ -36,6 +43,8 @@ def writable(folder: Path) -> bool:
 def _written(job: PlannedJob) -> Iterator[tuple[str, Path]]:
     recipe = job.recipe
     yield "run_dir", recipe.run_dir
+    if recipe.job != "export" and recipe.data.cache is not None:
+        yield "data.cache", recipe.data.cache
     if recipe.job == "export" and recipe.export is not None:
         yield from (("export.elastic", recipe.export.elastic),) if recipe.export.elastic else ()
         yield from (("export.slices", recipe.export.slices),) if recipe.export.slices else ()
@@ -52,7 +61,6 @@ def paths_of(chain: JobChain) -> Iterator[tuple[Path, str]]:
             for source in (*recipe.data.train, *recipe.data.valid):
                 yield source.path, f"{name}: data"
         for key, path in (
-            ("data.cache", recipe.data.cache),
             ("model.hf", recipe.model.hf),
             ("model.checkpoint", recipe.model.checkpoint),
             ("model.tokenizer", recipe.model.tokenizer),

@@ -135,6 +135,10 @@ class Cluster(Section):
     gpus_per_node: Count = Field(
         default=0, description="GPUs of a node; 0: jobs ask for none and run on the CPU."
     )
+    request_gpus: Switch = Field(
+        default=True,
+        description="Ask Slurm for GPUs; false where nodes are given whole, and GPUs are no resource.",
+    )
     gpu: GpuChoice | None = Field(
         default=None,
         description="The GPU: a known name, or its sizes. Memory and time are estimated with it.",

@@ -94,11 +94,7 @@ def _filled(template: str, values: Mapping[str, str], name: str) -> str:
         raise UserError(f"{name}: knows no @{{{unknown[0]}}}; there are {', '.join(values)}")
     if missing := [key for key in REQUIRED if key not in used]:
         raise UserError(f"{name}: lacks @{{{missing[0]}}}, without which no job can run; add it")
-    for key, value in values.items():
-        if not value:
-            template = template.replace(f"@{{{key}}}\n", "")
-        template = template.replace(f"@{{{key}}}", value)
-    return template
+    return re.sub(r"@\{(\w+)\}(\n?)", lambda m: values[m[1]] + m[2] if values[m[1]] else "", template)
 
 
 def _directives(chain: JobChain, job: PlannedJob) -> Iterator[str]:
@@ -111,7 +107,7 @@ def _directives(chain: JobChain, job: PlannedJob) -> Iterator[str]:
             yield f"--{flag}={shlex.quote(value)}"
     yield f"--nodes={job.nodes}"
     yield f"--ntasks-per-node={1 if cluster.launcher == 'torchrun' else job.ranks_per_node}"
-    if cluster.gpus_per_node and not export:
+    if cluster.gpus_per_node and cluster.request_gpus and not export:
         yield f"--gpus-per-node={job.ranks_per_node}"
     yield f"--time={job.time}"
     if not isinstance(continuation, Once) and job.recipe.job == "train":
@@ -141,10 +137,9 @@ def _tasks(chain: JobChain, job: PlannedJob) -> str:
     """The srun that starts the ranks: flags, then what one task does."""
     cluster, container = chain.cluster, chain.cluster.container
     flags = ["srun", "--kill-on-bad-exit=1", "--export=ALL"]
-    if {"cpus-per-task"} & {*cluster.sbatch, *job.recipe.slurm.sbatch}:
-        flags.append(
-            '--cpus-per-task="$SLURM_CPUS_PER_TASK"'
-        )  # srun no longer takes it from the job by itself
+    if "cpus-per-task" in {*cluster.sbatch, *job.recipe.slurm.sbatch}:
+        # since Slurm 22.05 srun does not take it from the job by itself
+        flags.append('--cpus-per-task="$SLURM_CPUS_PER_TASK"')
     if isinstance(container, Pyxis):
         flags += list(_pyxis(container, cluster.environment))
     if cluster.launcher == "srun":

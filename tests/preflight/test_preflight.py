@@ -61,6 +61,10 @@ SETTINGS: dict[str, tuple[list[str], str, str]] = {
     "quantised training": (["train.quantize.format=nvfp4"], "train", "training with quantize is not built yet"),
     "submodel": (["export.export.submodels=[smal]"], "export", "there will be no smal, but large, small"),
     "depth": (["rank.space.choices.num_layers=[4,8]"], "rank", "num_layers is elastic, but rank.depth is false"),
+    "small budget": (["train.budgets.small.target=0.2"], "train",
+                     "budgets.small.target=0.2 is below the smallest submodel, 0.3752 active_params"),
+    "large budget": (["train.budgets.small.target=1e9", "train.budgets.small.unit=absolute"], "train",
+                     "budgets.small.target=1e+09 is above the whole model, 6.087e+06 active_params"),
     "time of one job": (["train.slurm.time=0:06:00", "train.slurm.continuation={kind: none}",
                          "train.stages.0.tokens=1e8"], "train", "an estimated 33 minutes of work take 6 times"),
     "time of links": (["train.slurm.time=0:06:00", "train.slurm.continuation={kind: chain, links: 2, lead: 60}",
@@ -71,7 +75,7 @@ SETTINGS: dict[str, tuple[list[str], str, str]] = {
 
 MAY_BE_MEANT = {
     "memory of logits", "memory of activations", "tensor across nodes", "positions", "time of one job",
-    "time of links", "time of ranking",
+    "time of links", "time of ranking", "small budget", "large budget",
 }  # fmt: skip
 
 
@@ -194,6 +198,15 @@ def filled(path: str) -> Callable[[Path], object]:
         (replaced("export.yaml", "runs/export", "data/train.bin/run"), "export",
          "run_dir: ROOT/data/train.bin cannot be written to; choose another run_dir",
          replaced("export.yaml", "data/train.bin/run", "runs/export")),
+        (replaced("chain.yaml", "run_dir: runs", "run_dir: data/train.bin/runs"), "",
+         "run_dir of the chain: ROOT/data/train.bin cannot be written to; choose another run_dir",
+         replaced("chain.yaml", "run_dir: data/train.bin/runs", "run_dir: runs")),
+        (replaced("cluster.yaml", "gpus_per_node: 4", "gpus_per_node: 4\nlog_dir: data/train.bin"), "",
+         "log_dir of the chain: ROOT/data/train.bin cannot be written to",
+         replaced("cluster.yaml", "log_dir: data/train.bin", "log_dir: logs")),
+        (replaced("base.yaml", "data:", "data:\n  cache: data/train.bin/cache"), "rank, train",
+         "data.cache: ROOT/data/train.bin cannot be written to; choose another data.cache",
+         replaced("base.yaml", "data/train.bin/cache", "cache")),
         (filled("out/elastic"), "export", "export.elastic: ROOT/out/elastic holds something that this recipe did not",
          lambda root: shutil.rmtree(root / "out/elastic")),
         (filled("out/slices/small"), "export", "export.slices: ROOT/out/slices/small holds something",

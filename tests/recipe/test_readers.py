@@ -123,18 +123,22 @@ def sizes(probe: Callable[[Any], object], **values: object) -> dict[str, Case]:
     }
 
 
-PLAIN = ("budgets=", "loss.kind=cross_entropy")
-SPLIT = ("parallel={tensor: 2, sequence: true}", *PLAIN)
+# batches for eight ranks, and no draws for them to share
+EIGHT = (
+    "budgets=", "loss.kind=cross_entropy", "stages.0.global_batch_size=64", "stages.0.micro_batch_size=1",
+    "stages.1.global_batch_size=64", "stages.1.micro_batch_size=1",
+)  # fmt: skip
+SPLIT = ("parallel={tensor: 2, sequence: true}", *EIGHT)
 LAYOUT: dict[str, Case] = {
     "seed": Case(run.micro_batches, "seed=7"),
     "parallel.tensor": Case(run.layout, "parallel.tensor=4", SPLIT),
-    "parallel.sequence": Case(run.layout, "parallel.sequence=true", ("model.sizes.hybrid_layer_pattern='M*-'", "space=", *PLAIN, "parallel.tensor=2")),
-    "parallel.expert": Case(run.layout, "parallel.expert=4", PLAIN),
+    "parallel.sequence": Case(run.layout, "parallel.sequence=true", (*EIGHT, "model.sizes.hybrid_layer_pattern='M*-'", "space=", "parallel.tensor=2")),
+    "parallel.expert": Case(run.layout, "parallel.expert=4", EIGHT),
     "parallel.expert_tensor": Case(run.layout, "parallel.expert_tensor=1", SPLIT),
-    "parallel.pipeline": Case(run.layout, "parallel.pipeline=2"),
-    "parallel.virtual_pipeline": Case(run.layout, "parallel.virtual_pipeline=2", ("parallel.pipeline=2", "stages.0.micro_batch_size=1", "stages.1.micro_batch_size=1")),
-    "parallel.context": Case(run.layout, "parallel.context=2", PLAIN),
-    "parallel.world_size": Case(run.layout, "parallel.world_size=2"),
+    "parallel.pipeline": Case(run.layout, "parallel.pipeline=2", EIGHT),
+    "parallel.virtual_pipeline": Case(run.layout, "parallel.virtual_pipeline=2", (*EIGHT, "parallel.pipeline=2")),
+    "parallel.context": Case(run.layout, "parallel.context=2", EIGHT),
+    "parallel.world_size": Case(run.layout, "parallel.world_size=2", EIGHT, refused=True),
     "parallel.distributed_optimizer": Case(run.communication, "parallel.distributed_optimizer=false"),
     "parallel.overlap": Case(run.communication, "parallel.overlap=true"),
     "parallel.dispatcher": Case(run.model_config, "parallel.dispatcher=allgather"),
@@ -175,7 +179,7 @@ DATA: dict[str, Case] = {
 ROUTER: dict[str, Case] = {
     "space.choices": Case(run.space_of, "space.choices.hidden_size=[8, 16]"),
     "space.lanes": Case(run.space_of, "space.lanes.num_moe_experts=2"),
-    "space.granule": Case(run.space_of, "space.granule.hidden_size=8"),
+    "space.granule": Case(run.space_of, "space.granule.hidden_size=8", refused=True),
     "space.per_layer": Case(run.space_of, "space.per_layer=[mamba_num_heads]"),
     "budgets{}<ParameterBudget>.metric": Case(run.budget_errors, "budgets.small.metric=total_params"),
     "budgets{}<ParameterBudget>.target": Case(run.budget_errors, "budgets.small.target=0.6"),
@@ -234,7 +238,7 @@ RANK: dict[str, Case] = {
     "rank.samples": Case(run.ranking, "rank.samples=12", ("rank={samples: 8, seq_length: 8}",)),
     "rank.seq_length": Case(run.ranking, "rank.seq_length=16", ("rank={samples: 8, seq_length: 8}",)),
     "rank.micro_batch_size": Case(run.ranking, "rank.micro_batch_size=4", ("rank={samples: 8, seq_length: 8}",)),
-    "rank.depth": Case(run.ranking, "rank.depth=true", ("rank={samples: 8, seq_length: 8}", "space.choices.num_layers=[3, 4]")),
+    "rank.depth": Case(run.ranking, "rank.depth=false", ("rank={samples: 8, seq_length: 8, depth: true}", "space.choices.num_layers=[3, 4]"), refused=True),
 }  # fmt: skip
 EXPORTS: dict[str, Case] = {
     "export.elastic": Case(run.exports, "export.elastic=other", file="export"),
@@ -289,11 +293,15 @@ CLUSTERS: dict[str, Case] = {
     "max_time": Case(job.findings, "cluster.max_time=1:00:00", file="chain"),
     "max_nodes": Case(job.findings, "cluster.max_nodes=1", ("second.slurm.nodes=2",), "chain"),
     "gpus_per_node": Case(job.scripts, "cluster.gpus_per_node=1", file="chain"),
+    "request_gpus": Case(job.scripts, "cluster.request_gpus=false", file="chain"),
     "gpu<word>": Case(job.plans, "cluster.gpu=b200", file="chain"),
-    "gpu<OtherGpu>.name": Case(
-        job.findings, "cluster.gpu.name=other", (*CARD, "jobs={only: {recipe: short.yaml}}"), "chain"
-    ),
     # the card is named where its memory does not do
+    "gpu<OtherGpu>.name": Case(
+        job.findings,
+        "cluster.gpu.name=other",
+        (*CARD, "jobs={only: {recipe: short.yaml}}", "only.slurm.ranks_per_node=1"),
+        "chain",
+    ),
     "gpu<OtherGpu>.memory_gib": Case(job.plans, "cluster.gpu.memory_gib=2", CARD, "chain"),
     "gpu<OtherGpu>.bf16_tflops": Case(job.plans, "cluster.gpu.bf16_tflops=200", CARD, "chain"),
     "utilization": Case(job.plans, "cluster.utilization=0.5", file="chain"),
