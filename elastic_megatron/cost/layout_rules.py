@@ -82,7 +82,7 @@ def _per_node(setting: Setting, product: int) -> list[Change]:
     now, most = setting.ranks_per_node, setting.most_per_node
     if now is None:
         return []
-    legal = [n for n in range(1, (most or now) + 1) if n != now and setting.nodes * n % product == 0]
+    legal = [n for n in range(1, (most or now) + 1) if setting.nodes * n % product == 0]
     return [{"slurm.ranks_per_node": n} for n in sorted(legal, key=lambda n: (abs(n - now), -n))]
 
 

@@ -24,6 +24,11 @@ _ENDS = {
     "DEADLINE": "past its deadline",
     "PREEMPTED": "preempted",
 }
+# of jobs that Slurm ended with TERM, and whose ranks saved
+_STOPS = {
+    "TIMEOUT": "out of time, and saved; `resume` continues it",
+    "PREEMPTED": "preempted, and saved; `resume` continues it",
+}
 
 
 @dataclass(frozen=True)
@@ -94,13 +99,14 @@ def _ended(found: Record, name: str, job: JobRecord, tries: list[Attempt]) -> tu
     if last is not None and last.exit is not None:
         count = record.failures(found.run_dir, name)
         if last.exit in (128 + 15, 128 + 2):
-            return "cancelled", "saved; `resume` continues it"
+            why = _STOPS.get(_last_word(last.id))
+            return ("unfinished", why) if why else ("cancelled", "saved; `resume` continues it")
         if last.exit == AGAIN:
             return "unfinished", "saved before its time was over; `resume` continues it"
         times = f" for the {count}th time without a newer checkpoint" if count > 3 else ""
         times = {2: " twice in a row", 3: " three times in a row"}.get(count, times)
         return "failed", "bad input (exit 2)" if last.exit == 2 else f"exit {last.exit}{times}"
-    word = scheduler.last_state(last.id if last else job.last) if scheduler.available() else ""
+    word = _last_word(last.id if last else job.last)
     if word == "CANCELLED" and last is None and job.after:
         needed = [n for n in job.after if not record.done(found.run_dir, n)]
         return "cancelled", f"since {', '.join(needed)} did not succeed" if needed else ""
@@ -113,6 +119,11 @@ def _ended(found: Record, name: str, job: JobRecord, tries: list[Attempt]) -> tu
         if word
         else ("lost", "no longer in the queue, and left no note; see its log")
     )
+
+
+def _last_word(id: int) -> str:
+    """How Slurm says that a job ended, empty where there is no Slurm or it has forgotten."""
+    return scheduler.last_state(id) if scheduler.available() else ""
 
 
 def _progress(recipe_file: Path) -> tuple[int | None, int | None, float | None]:

@@ -21,7 +21,8 @@ SETTINGS: dict[str, tuple[list[str], str, str]] = {
     "sequence parallelism": (["train.parallel.sequence=false"], "train", "parallel.tensor=2 with MoE layers"),
     "tensor": (["train.parallel.tensor=8", "train.parallel.context=1", "train.space.choices={num_moe_experts: [8,16]}",
                 "train.space.lanes={num_moe_experts: 4}", "rank.space.choices={num_moe_experts: [8,16]}",
-                "rank.space.lanes={num_moe_experts: 4}", "cluster.gpus_per_node=8", "rank.slurm.ranks_per_node=4"],
+                "rank.space.lanes={num_moe_experts: 4}", "cluster.gpus_per_node=8", "rank.slurm.ranks_per_node=4",
+                "train.budgets.small.target=1.0"],
                "train", "parallel.tensor=8 does not divide mamba_num_groups=4"),
     "experts": (["train.parallel.expert=3", "train.slurm.nodes=3", *NINE, "train.stages.0.samples_per_draw=6",
                  "train.stages.1.samples_per_draw=3"], "train", "parallel.expert=3 does not divide num_moe_experts=16"),
@@ -62,9 +63,9 @@ SETTINGS: dict[str, tuple[list[str], str, str]] = {
     "submodel": (["export.export.submodels=[smal]"], "export", "there will be no smal, but large, small"),
     "depth": (["rank.space.choices.num_layers=[4,8]"], "rank", "num_layers is elastic, but rank.depth is false"),
     "small budget": (["train.budgets.small.target=0.2"], "train",
-                     "budgets.small.target=0.2 is below the smallest submodel, 0.3752 active_params"),
+                     "budgets.small.target=0.2 is below the smallest submodel, 0.3751 active_params"),
     "large budget": (["train.budgets.small.target=1e9", "train.budgets.small.unit=absolute"], "train",
-                     "budgets.small.target=1e+09 is above the whole model, 6.087e+06 active_params"),
+                     "budgets.small.target=1e+09 is above the whole model, 6.091e+06 active_params"),
     "time of one job": (["train.slurm.time=0:06:00", "train.slurm.continuation={kind: none}",
                          "train.stages.0.tokens=1e8"], "train", "an estimated 33 minutes of work take 6 times"),
     "time of links": (["train.slurm.time=0:06:00", "train.slurm.continuation={kind: chain, links: 2, lead: 60}",
@@ -159,6 +160,9 @@ def test_quantize_jobs_are_refused_in_one_line(tmp_path: Path) -> None:
     assert found.job == "export" and found.text.startswith("quantize jobs are not built yet")
 
 
+TABLE = "metric: latency, target: 0.7, table: times.json"
+
+
 def remove(path: Path) -> Callable[[Path], object]:
     return lambda root: (root / path).unlink()
 
@@ -213,9 +217,9 @@ def filled(path: str) -> Callable[[Path], object]:
          lambda root: shutil.rmtree(root / "out/slices/small")),
         (replaced("base.yaml", "{dtype: bf16}", "{dtype: bf16, tokenizer: tok}"), "rank, train, export",
          "model.tokenizer: ROOT/tok is no folder", lambda root: (root / "tok").mkdir()),
-        (replaced("train.yaml", "small: {metric: active_params, target: 0.7}",
-                  "small: {metric: latency, target: 0.7, table: times.json}"), "train",
-         "budgets.small.table: ROOT/times.json is missing; measure it", lambda root: (root / "times.json").touch()),
+        (replaced("train.yaml", "metric: active_params, target: 0.7", TABLE), "train",
+         "budgets.small.table: ROOT/times.json is missing; measure it",
+         replaced("train.yaml", TABLE, "metric: active_params, target: 0.7")),
     ],
 )  # fmt: skip
 def test_a_missing_or_taken_path_is_one_finding(
@@ -227,3 +231,11 @@ def test_a_missing_or_taken_path_is_one_finding(
     assert found.job == job and says.replace("ROOT", str(tmp_path)) in found.text and "\n" not in found.text
     mend(tmp_path)
     assert findings(chain) == []
+
+
+def test_a_damaged_table_is_told_apart_from_a_missing_one(tmp_path: Path) -> None:
+    chain = write_chain(tmp_path)
+    replaced("train.yaml", "metric: active_params, target: 0.7", TABLE)(tmp_path)
+    (tmp_path / "times.json").write_text("{}")
+    (found,) = findings(chain)
+    assert found.severity == "error" and found.text.startswith("budgets.small: latency table")

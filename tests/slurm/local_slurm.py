@@ -63,7 +63,7 @@ SelectTypeParameters=CR_Core
 # quick reactions, because tests wait on them
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=200000,bf_interval=2
-KillWait=5
+KillWait=30
 InactiveLimit=0
 MinJobAge=3600
 MessageTimeout=20

@@ -50,7 +50,8 @@ def test_without_continuation_the_limit_ends_a_job(limited: dict[str, Chain]) ->
     chain = limited["none"]
     first = chain.wait_until_ended("first", timeout=240)
     assert chain.signals("first") == [f"1 {rank} TERM" for rank in range(4)]
-    assert (first["state"], first["attempt"]) == ("failed", 1) and "raise slurm.time" in first["detail"]
+    assert (first["state"], first["attempt"]) == ("unfinished", 1)
+    assert first["detail"] == "out of time, and saved; `resume` continues it"
 
 
 @pytest.mark.parametrize("lost", [0, 1], ids=["the node of the batch script", "another node"])
