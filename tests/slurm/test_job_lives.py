@@ -22,7 +22,7 @@ SCENARIOS = {
     "crashing": ({"first": ["exit-7"], "second": ["finish"]}, "{kind: requeue, max_failures: 2}", ""),
     "advancing": ({"first": ["advance-7", "finish"]}, "{kind: requeue, max_failures: 1}", ""),
     "bad input": ({"first": ["exit-2"], "second": ["finish"]}, "{kind: requeue}", ""),
-    "once": ({"first": ["exit-7"]}, "{kind: none, lead: null}", ""),
+    "once": ({"first": ["exit-7"]}, "{kind: none}", ""),
     "signalled": ({"first": ["wait", "finish"], "second": ["finish"]}, "{kind: requeue}", ""),
     "killed": ({"first": ["wait", "finish"]}, "{kind: requeue}", ""),
     "links": ({"first": ["wait", "wait", "finish"], "second": ["finish"]}, "{kind: chain, links: 3}", ""),

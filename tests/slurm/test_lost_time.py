@@ -18,7 +18,7 @@ SCENARIOS = {
     "requeue": (["wait", "finish"], "{kind: requeue, lead: 60}", ""),
     "links": (["wait", "finish"], "{kind: chain, links: 2, lead: 60}", ""),
     "torchrun": (["wait", "finish"], "{kind: requeue, lead: 60}", "launcher: torchrun"),
-    "none": (["wait", "finish"], "{kind: none, lead: null}", ""),
+    "none": (["wait", "finish"], "{kind: none}", ""),
 }
 
 

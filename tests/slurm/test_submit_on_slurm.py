@@ -41,7 +41,7 @@ def test_a_dry_run_shows_the_very_files_and_leaves_nothing(chain: Chain) -> None
 
 
 def test_a_dry_run_hands_on_what_slurm_has_against_a_job(chain: Chain) -> None:
-    said = chain.run("submit", "cluster.partition=nowhere", "--dryrun", target=chain.file, status=2)
+    said = chain.run("submit", "--dryrun", "cluster.partition=nowhere", target=chain.file, status=2)
     assert "first: sbatch --test-only:" in said and "Invalid partition" in said
     assert not chain.run_dir.exists()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chains import TRACKER, Chain, real_chain
+from chains import PROGRAM, TRACKER, Chain, real_chain
 from local_slurm import LocalSlurm, wait_until
 
 import elastic_megatron
@@ -153,5 +153,6 @@ def test_the_folder_says_what_was_run(story: Story) -> None:
     head = subprocess.run(git, capture_output=True, text=True, timeout=30).stdout.strip()
     assert (record["commits"]["package"] or "").removesuffix("+dirty") == head
     for name in JOBS:
-        shown = story.chain.run("recipe", "show", target=story.chain.job(name) / "recipe.yaml")
+        recipe = story.chain.job(name) / "recipe.yaml"
+        shown = story.chain.slurm.run(str(PROGRAM), "recipe", "show", str(recipe))
         assert f"run_dir: {story.chain.run_dir}" in shown
