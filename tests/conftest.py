@@ -32,13 +32,16 @@ def fp64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """With ``--dist loadfile``, all files of ``tests/parallel`` stay on one worker: they share a pool of ranks."""
+    """With ``--dist loadfile``, files that share a pool of ranks, or a Slurm, stay on one worker."""
     if config.getvalue("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
 
     class LoadFolder(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "tests/parallel" if nodeid.startswith("tests/parallel/") else super()._split_scope(nodeid)
+            for folder in ("tests/parallel", "tests/slurm"):
+                if nodeid.startswith(f"{folder}/"):
+                    return folder
+            return super()._split_scope(nodeid)
 
     return LoadFolder(config, log)

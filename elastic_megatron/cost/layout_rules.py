@@ -48,16 +48,8 @@ def near(value: int, step: int, most: int | None = None, least: int = 1) -> list
 
 
 def lower(setting: Setting, group: str) -> list[Change]:
-    """Fewer ranks in a group, the largest number first; whatever stands or falls with it goes along."""
-    changes: list[Change] = []
-    for size in range(size_of(setting.parallel, group) - 1, 0, -1):
-        change: dict[str, object] = {f"parallel.{group}": size}
-        if group == "tensor" and size == 1 and setting.parallel.sequence:
-            change["parallel.sequence"] = False
-        if group == "pipeline" and size == 1 and setting.parallel.virtual_pipeline:
-            change["parallel.virtual_pipeline"] = None
-        changes.append(change)
-    return changes
+    """Fewer ranks in a group, the largest number first."""
+    return [{f"parallel.{group}": size} for size in range(size_of(setting.parallel, group) - 1, 0, -1)]
 
 
 def _world(setting: Setting) -> Iterator[Problem]:
@@ -74,7 +66,8 @@ def _world(setting: Setting) -> Iterator[Problem]:
         fewer = [c for g in groups for c in lower(setting, g) if g != "expert_tensor"]
         more = [setting.nodes_or_ranks(n) for n in near(world, lcm(prod(sizes), nodes or 1))]
         more += _per_node(setting, prod(sizes))
-        yield Problem(f"{ranks} is not a multiple of {shown} = {prod(sizes)}", (*more, *fewer))
+        started = "" if nodes else f"start a multiple of {prod(sizes)} ranks"
+        yield Problem(f"{ranks} is not a multiple of {shown} = {prod(sizes)}", (*more, *fewer), started)
 
 
 def _per_node(setting: Setting, product: int) -> list[Change]:
@@ -111,10 +104,7 @@ def other_widths(setting: Setting, axis: str, step: int) -> list[Change]:
     """The choices of an axis with those that are no multiple of ``step`` moved to the nearest that are."""
     if setting.space is None or axis not in setting.space.axes:
         return []
-    full, step = (
-        setting.shape.size(axis),
-        lcm(step, setting.space.lanes_of(axis), setting.granule.get(axis, 1)),
-    )
+    full, step = setting.shape.size(axis), lcm(step, setting.granule.get(axis, 1))
     least = setting.shape.moe_router_topk if axis == "num_moe_experts" else 1
     if full % step:
         return []
@@ -130,20 +120,15 @@ def _divisions(setting: Setting) -> Iterator[Problem]:
         ranks = size_of(setting.parallel, group)
         axes = [axis for axis, by in SHARDED_BY.items() if by == group]
         bad = list(_undivided(shape, ranks)) if group == "tensor" else []
-        fixed, moved = bool(bad), dict[str, object]()
         for axis in axes:
             widths = widths_of(setting, axis)
             if wrong := [w for w in widths if w % ranks]:
                 bad.append(f"{axis}={wrong[0]}" + ("" if wrong[0] == widths[0] else " of a submodel"))
-                others = other_widths(setting, axis, ranks)
-                fixed = fixed or not others
-                moved.update(*others)
         if bad:
-            changes: list[Change] = [] if fixed else [moved]
             padded = -(-shape.vocab_size // ranks) * ranks
             otherwise = f"pad the vocabulary to {padded}" if bad == [_vocabulary(shape)] else ""
             text = f"parallel.{group}={ranks} does not divide {', '.join(bad)}"
-            yield Problem(text, (*changes, *split_less(setting, group)), otherwise)
+            yield Problem(text, tuple(split_less(setting, group)), otherwise)
 
 
 def _vocabulary(shape: ParentShape) -> str:

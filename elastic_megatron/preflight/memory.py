@@ -94,13 +94,13 @@ def lighter(setting: Setting, load: Load, key: str, limit: float) -> Change | No
     shorter sequences.
     """
     for change in (*_changes(setting, load, key), *_shorter(setting, load, key)):
-        if (legal := _legal(setting, change)) is None:
+        if (whole := legal(setting, change)) is None:
             continue
-        changed = setting.changed(legal)
+        changed = setting.changed(whole)
         assert changed is not None
-        fed = {n: legal.get(f"{key}.{n}", getattr(load, n)) for n in ("seq_length", "micro_batch_size")}
+        fed = {n: whole.get(f"{key}.{n}", getattr(load, n)) for n in ("seq_length", "micro_batch_size")}
         if memory_per_rank(changed.shape, changed.parallel, replace(load, **fed))["total"] <= limit:
-            return legal
+            return whole
     return None
 
 
@@ -111,7 +111,7 @@ def _shorter(setting: Setting, load: Load, key: str) -> list[Change]:
     return [{f"{key}.seq_length": max(1, length // cut) * cut} for length in lengths]
 
 
-def _legal(setting: Setting, change: Change) -> Change | None:
+def legal(setting: Setting, change: Change) -> Change | None:
     """The change, with one more where the layout then needs it; ``None`` where it does not fit all the same."""
     changed = setting.changed(change)
     problems = problems_of(changed) if changed is not None else []

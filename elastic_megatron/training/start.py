@@ -28,7 +28,7 @@ def start(recipe: Recipe, shape: ParentShape, space: ElasticSpace | None) -> run
     parallel = parallel.model_copy(update={"world_size": world})
     if problems := check_layout(shape, space, parallel, recipe.stages):
         more = f" (and {len(problems) - 1} more; see `plan`)" if len(problems) > 1 else ""
-        raise UserError(problems[0] + more)
+        raise UserError(f"{world} rank{'s' * (world > 1)} of this layout cannot run: {problems[0]}{more}")
     sizes = {field.name: getattr(parallel, field.name) for field in fields(runtime.Layout)}
     return runtime.start(seed=recipe.seed, **sizes)
 

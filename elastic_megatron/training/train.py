@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import signal
 import time
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import runtime
-from ..checkpoint import distributed, integrity, tracker
+from ..checkpoint import distributed, tracker
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.resolve import budgets, elastic_space
 from ..checkpoint.source import Source
@@ -55,16 +54,12 @@ class Outcome:
 def train(recipe: Recipe) -> Outcome:
     """Run the recipe's stages up to ``last_step``, resuming from the newest checkpoint of its run folder.
 
-    Nothing is done where that is complete already. Raises ``UserError`` for recipes that cannot run here; every
-    other failure is a defect.
+    Where that is complete already, the checkpoint is loaded and nothing else done. Raises ``UserError`` for recipes
+    that cannot run here; every other failure is a defect.
     """
     _check(recipe)
-    root, total = recipe.run_dir / "checkpoints", recipe.last_step
-    saved = tracker.newest(root)
-    if saved is not None and int((root / tracker.TRACKER).read_text()) >= total:
-        integrity.verify_sizes(saved)
-        return Outcome(root, total, total, None, os.environ.get("RANK", "0") == "0")
     check_files(recipe)
+    saved = tracker.newest(recipe.run_dir / "checkpoints")
     source = parent_source(recipe)
     space = elastic_space(recipe, source.manifest) if recipe.budgets else None
     main = start(recipe, source.manifest.shape, space).rank == 0

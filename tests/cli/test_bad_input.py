@@ -113,7 +113,7 @@ REQUESTS: dict[str, tuple[Callable[[Story, Path], list[Any]], str]] = {
     ),
     "fewer ranks than tensor parallelism": (
         lambda s, t: ["train", s.recipe("elastic"), f"run_dir={t / 'run'}", "parallel.tensor=2"],
-        r"parallel\.world_size=1 is not a multiple of tensor 2 .* start a multiple of 2 ranks",
+        r"1 rank of .* parallel\.world_size=1 is not a multiple of tensor 2 .*; set parallel\.world_size=2, or set parallel\.tensor=1",
     ),
     "batch of no number of ranks": (
         lambda s, t: ["train", s.recipe("parent"), f"run_dir={t / 'run'}", "stages.0.micro_batch_size=3"],

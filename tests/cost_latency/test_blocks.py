@@ -102,3 +102,11 @@ def test_a_torn_width_moves_to_the_nearest_whole_one() -> None:
     (problem,) = problems_of(tried)
     choices = {"space.choices.moe_ffn_hidden_size": [992, 1856]}
     assert remedies(tried, problem) == [choices, {"quantize.format": "fp8"}]
+
+
+def test_a_moved_width_keeps_to_the_granule() -> None:
+    """1800 is 75 x 24; 1824 is the nearest multiple of 16 and of 24."""
+    space = ElasticSpace.build(NANO, {"hidden_size": [1800]}, granule={"hidden_size": 24})
+    tried = replace(setting(space=space), granule={"hidden_size": 24})
+    (problem,) = problems_of(tried)
+    assert remedies(tried, problem)[0] == {"space.choices.hidden_size": [1824, 2688]}

@@ -141,7 +141,7 @@ def test_what_no_number_mends_is_said_all_the_same() -> None:
 
 def test_calibration_samples_divide_among_the_replicas() -> None:
     for samples in range(1, 40):
-        for micro, world in ((1, 1), (1, 4), (2, 4), (3, 4)):
+        for micro, world in ((1, 1), (3, 1), (1, 4), (2, 4), (3, 4)):
             setting = Setting.of(
                 DENSE,
                 None,

@@ -10,6 +10,12 @@ from pathlib import Path
 import pytest
 from chain_files import EXPORT, SHAPE, TRAIN, findings, remedies, write_chain, write_data, write_model
 
+from elastic_megatron.cost.remedy import problems_of
+from elastic_megatron.cost.setting import Setting
+from elastic_megatron.preflight.memory import legal
+from elastic_megatron.recipe.training import Parallel
+from elastic_megatron.space import ElasticSpace
+
 DRAWS = ("train.stages.0.samples_per_draw=4", "train.stages.1.samples_per_draw=2")
 NINE = ("train.stages.0.global_batch_size=36", "train.stages.1.global_batch_size=36")
 # overrides of a chain without findings -> job, what its one finding says
@@ -44,6 +50,8 @@ SETTINGS: dict[str, tuple[list[str], str, str]] = {
                              "train.stages.1.global_batch_size=6"], "train", "3 micro-batches a step"),
     "sequence": (["train.stages.0.seq_length=1022"], "train", "seq_length=1022 is not a multiple of 4"),
     "batch": (["train.stages.1.global_batch_size=15"], "train", "global_batch_size=15 is not a multiple of"),
+    "batch and draws": (["train.stages.0.samples_per_draw=6", "train.stages.0.global_batch_size=30"], "train",
+                        "global_batch_size=30 is not a multiple of micro_batch_size 2 x 2"),
     "batch and nodes": (["train.slurm.nodes=3", "train.stages.0.global_batch_size=36"], "train",
                         "global_batch_size=16 is not a multiple of micro_batch_size 1 x 3"),
     "calibration samples": (["rank.rank.samples=62"], "rank", "samples=62 is not a multiple of"),
@@ -107,14 +115,12 @@ def test_an_impossible_setting_is_one_finding_and_its_remedies_mend_it(tmp_path:
 
 
 def test_several_findings_come_at_once_errors_first(tmp_path: Path) -> None:
-    chain = write_chain(tmp_path)
-    found = findings(
-        chain, "train.stages.1.seq_length=8192", "rank.rank.samples=63", "train.parallel.sequence=false"
-    )
+    wrong = ["rank.rank.seq_length=8192", "rank.rank.samples=63", "train.parallel.sequence=false"]
+    found = findings(write_chain(tmp_path), *wrong)
     assert [(f.job, f.severity) for f in found] == [
         ("rank", "error"),
         ("train", "error"),
-        ("train", "warning"),
+        ("rank", "warning"),
     ]
     assert str(found[0]).startswith("rank: rank: samples=63")
 
@@ -133,6 +139,16 @@ NVFP4 = """
         ),
         (
             ["train.space.choices.hidden_size=[120,256]"],
+            "hidden_size=120 leaves 120 of them, multiples of 16",
+        ),
+        (
+            [
+                "parent.hidden_size=192",
+                "rank.space.choices.hidden_size=[120,192]",
+                "rank.space.granule={hidden_size: 24}",
+                "train.space.choices.hidden_size=[120,192]",
+                "train.space.granule={hidden_size: 24}",
+            ],
             "hidden_size=120 leaves 120 of them, multiples of 16",
         ),
         (["parent.moe_shared_expert_intermediate_size=72"], "size=72 leaves 36 in each of 2 parts"),
@@ -239,3 +255,21 @@ def test_a_damaged_table_is_told_apart_from_a_missing_one(tmp_path: Path) -> Non
     (tmp_path / "times.json").write_text("{}")
     (found,) = findings(chain)
     assert found.severity == "error" and found.text.startswith("budgets.small: latency table")
+
+
+def test_a_pass_over_data_runs_whole_pipeline_stages(tmp_path: Path) -> None:
+    """``rank`` leaves the virtual pipeline out, so that it may stand in what the recipes share."""
+    layout = ["parallel.pipeline=4", "parallel.virtual_pipeline=3", "slurm.nodes=4"]
+    chain = write_chain(tmp_path)
+    assert findings(chain, *(f"rank.{override}" for override in layout)) == []
+    assert findings(chain, *(f"train.{override}" for override in layout)) != []
+
+
+def test_memory_is_never_bought_with_other_submodels() -> None:
+    """8 context ranks cannot share 20 heads: no remedy against too little memory."""
+    space = ElasticSpace.build(SHAPE, {"mamba_num_heads": [20, 32]})
+    setting = Setting.of(SHAPE, space, Parallel(world_size=8), ranks_per_node=8)
+    assert problems_of(setting) == [] and legal(setting, {"parallel.context": 4}) == {"parallel.context": 4}
+    assert legal(setting, {"parallel.context": 8}) is None
+    tensor = {"parallel.tensor": 4, "parallel.sequence": True}
+    assert legal(setting, {"parallel.tensor": 4}) == tensor, "what a change needs besides comes along"

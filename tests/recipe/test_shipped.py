@@ -153,7 +153,7 @@ def stages(*, tokens: tuple[float, float], sizes: tuple[int, int], probs: dict[s
 BOTH = {
     "rank.samples": 1024, "rank.seq_length": 8192,
     "router.lr": 1e-2, "router.tau.start": 1.0, "router.tau.end": 0.05,
-    "router.logit_scale.start": 1.0, "router.logit_scale.end": 10.0, "router.inner_size": 256,
+    "router.logit_scale.start": 1.0, "router.logit_scale.end": 10.0, "router.inner_size": 256, "router.loss_weight": 1.0,
     "optimizer.warmup_steps": 60, "loss.kind": "forward_kl", "loss.ce_weight": 0.0, "loss.temperature": 1.0,
     "teacher": {}, "model.dtype": "bf16",
 }  # fmt: skip

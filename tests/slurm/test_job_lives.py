@@ -25,7 +25,7 @@ SCENARIOS = {
     "once": ({"first": ["exit-7"]}, "{kind: none}", ""),
     "signalled": ({"first": ["wait", "finish"], "second": ["finish"]}, "{kind: requeue}", ""),
     "killed": ({"first": ["wait", "finish"]}, "{kind: requeue}", ""),
-    "links": ({"first": ["wait", "wait", "finish"], "second": ["finish"]}, "{kind: chain, links: 3}", ""),
+    "links": ({"first": ["wait", "wait", "finish"], "second": ["finish"]}, "{kind: chain, links: 4}", ""),
 }  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def test_links_follow_one_another_until_the_work_is_done(chains: dict[str, Chain
     assert chain.wait_until_ended("first")["state"] == "done"
     assert chain.attempts("first") == ["75", "75", "0"]
     assert chain.signals("first") == [f"{attempt} {rank} USR1" for attempt in (1, 2) for rank in FOUR]
-    assert len(chain.ids("first")) == 3
+    assert len(chain.ids("first")) == 4, "the last one finds nothing to do"
     assert chain.wait_until_ended("second")["state"] == "done"
 
 
@@ -222,6 +222,7 @@ def test_cancel_lets_ranks_save_and_nothing_starts_again(chain: Chain) -> None:
     first = chain.wait_until_ended("first")
     assert (first["state"], first["attempt"]) == ("cancelled", 1)
     assert chain.signals("first") == [f"1 {rank} TERM" for rank in FOUR]
+    assert chain.attempts("first") == ["143"]
     assert (chain.file.parent / "work" / "first" / TRACKER).read_text() == "10\n"
     assert chain.wait_until_ended("second")["state"] == "cancelled"
     assert "none of them is in the queue" in chain.run("cancel")
