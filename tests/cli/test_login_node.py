@@ -76,7 +76,7 @@ def spent() -> float:
 
 
 CHAINS = sorted(RECIPES.glob("*/chain.yaml"))
-ALONE = [RECIPES / "tiny_cpu/elastic.yaml", RECIPES / "nemotron3_nano_30b/plan.yaml"]
+ALONE = [RECIPES / "tiny_cpu/parent.yaml", RECIPES / "nemotron3_nano_30b/plan.yaml"]
 
 
 @pytest.mark.parametrize("command", ["recipe show", "plan", "submit --dry-run"])

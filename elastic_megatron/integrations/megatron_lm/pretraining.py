@@ -144,7 +144,8 @@ class ElasticPretraining:
     def report(self, chunks: list[nn.Module]) -> None:
         """Megatron's ``non_loss_data_func``: the loss of every submodel on the validation samples."""
         students = [unwrap_model(chunk).module for chunk in chunks]
-        losses = evaluate(students, self.space, self._submodels(), self.windows)
+        size = self.recipe.stages[0].micro_batch_size
+        losses = evaluate(students, self.space, self._submodels(), self.windows, batch_size=size)
         writer, iteration = get_tensorboard_writer(), self.args.curr_iteration + 1
         for name, result in losses.items():
             print_rank_last(
