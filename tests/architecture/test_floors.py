@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,11 +23,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": LEAVES | {"space"},
     "cost": LEAVES | {"space"},
     "ops": LEAVES | {"space", "cost"},
+    "quantization": LEAVES,
     "blocks": LEAVES | {"space", "cost", "ops", "runtime"},
     "importance": LEAVES | {"space", "cost", "ops", "blocks"},
     "router": LEAVES | {"space", "cost", "ops"},
-    "checkpoint": LEAVES | {"space", "cost", "ops", "runtime", "blocks", "importance", "recipe"},
-    "conversion": LEAVES | {"space", "cost", "checkpoint"},
+    "checkpoint": LEAVES
+    | {"space", "cost", "ops", "runtime", "quantization", "blocks", "importance", "recipe"},
+    "conversion": LEAVES | {"space", "cost", "quantization", "checkpoint"},
     "preflight": LEAVES | {"space", "recipe", "cost", "checkpoint"},
     "slurm": LEAVES | {"space", "recipe", "cost", "checkpoint"},
     "training": LEAVES
@@ -97,7 +100,6 @@ def test_imports_go_downward(path: Path) -> None:
 def test_floors_without_torch_have_none() -> None:
     """At import, that is: cost formulas meet tensors but make none. In a fresh interpreter."""
     import subprocess
-    import sys
 
     modules = ", ".join(f"elastic_megatron.{f}" for f in sorted(WITHOUT_TORCH))
     heavy = "{'torch', 'megatron', 'numpy', 'transformers'}"
@@ -106,9 +108,16 @@ def test_floors_without_torch_have_none() -> None:
     assert out.returncode == 0, out.stderr
 
 
-def test_space_needs_the_standard_library_only() -> None:
-    import sys
+def test_quantization_needs_torch_only() -> None:
+    """Its formats need not even that: a login node may ask how large a quantised model is."""
+    for path in FILES:
+        if floor(path) == "quantization":
+            names = {module.split(".")[0] for module, _, _ in imported(path)}
+            allowed = {"elastic_megatron", "torch"} - ({"torch"} if path.name == "formats.py" else set())
+            assert names <= allowed | set(sys.stdlib_module_names), path
 
+
+def test_space_needs_the_standard_library_only() -> None:
     for path in FILES:
         if floor(path) == "space":
             for module, line, _ in imported(path):
