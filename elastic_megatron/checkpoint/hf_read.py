@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..quantization.formats import Part
 from ..space import ParentShape
 from .hf_names import EMBEDDING, HEAD, hf_pieces
+from .hf_parts import check_parts
+from .hf_quantised import Quantised, read_quantised, unquantised
 from .json_files import read_object
 from .manifest import Manifest
 from .resolve import CONFIG, ELASTIC_CONFIG, hf_shape
 from .safetensors_files import SafetensorsFiles
-from .stored import DTYPES, Entry, StoredModel, model_tensors, stored_shapes
+from .stored import DTYPES, Entry, StoredModel, as_stored, model_tensors, stored_shapes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -41,24 +45,24 @@ def read_hf(directory: Path) -> StoredModel:
     Reading the embedding of a tied model raises ``UserError`` where ``lm_head.weight`` is there and differs.
 
     Raises ``UserError`` where a file is missing or damaged, the model is of another type, or a tensor is
-    missing, unknown, of another shape or quantised; nothing is dropped in silence.
+    missing, unknown, of another shape or dtype, or quantised in a way that is not read; nothing is dropped in silence.
     """
     config = read_config(directory)
     shape = hf_shape(config, directory / CONFIG)
-    if "quantization_config" in config:
-        raise UserError(f"{directory} is quantised; give the directory with the BF16 or FP32 weights")
+    quantised = read_quantised(directory, config)
     elastic = directory / ELASTIC_CONFIG
-    manifest = Manifest(shape=shape, hf_config=config)
+    manifest = Manifest(shape=shape, hf_config=unquantised(config))
     if elastic.exists():
         manifest = Manifest.read(elastic)
+        manifest = replace(manifest, hf_config=unquantised(manifest.hf_config))
         if ParentShape.from_hf({"model_type": "nemotron_h", **manifest.shape.to_hf()}) != shape:
             raise UserError(
                 f"{directory / CONFIG} and {elastic} describe different models; restore the one that was changed"
             )
     files = (_TiedFiles if shape.tie_embeddings else SafetensorsFiles)(_shards(directory))
-    _check_tensors(directory, manifest.shape, files.entries)
+    _check_tensors(directory, manifest.shape, files.entries, quantised)
     side = directory if side_files(directory) else None
-    return StoredModel(directory, manifest, files, hf_pieces, side)
+    return StoredModel(directory, manifest, files, hf_pieces, side, quantised)
 
 
 class _TiedFiles(SafetensorsFiles):
@@ -109,13 +113,19 @@ def _shards(directory: Path) -> list[Path]:
     return files
 
 
-def _check_tensors(directory: Path, shape: ParentShape, found: Mapping[str, Entry]) -> None:
+def _check_tensors(
+    directory: Path, shape: ParentShape, found: Mapping[str, Entry], quantised: Quantised | None
+) -> None:
     if mtp := [n for n in found if n.startswith("mtp.")]:
         raise UserError(
             f"{directory} holds {len(mtp)} multi-token-prediction tensors ({mtp[0]}, …), which elastic models "
             "cannot carry; remove them and set num_nextn_predict_layers to 0"
         )
-    wanted = stored_shapes(model_tensors(shape), hf_pieces)
+    tensors = [t for whole in model_tensors(shape) for t in as_stored(whole, quantised)]
+    if quantised is not None:
+        check_parts(directory, quantised, tensors, found)
+    wanted = stored_shapes(tensors, hf_pieces)
+    parts = {piece.key: t.part for t in tensors if t.part for piece in hf_pieces(t)}
     optional = {HEAD: wanted[EMBEDDING]} if shape.tie_embeddings else {}
     if missing := [n for n in wanted if n not in found]:
         raise UserError(
@@ -129,13 +139,18 @@ def _check_tensors(directory: Path, shape: ParentShape, found: Mapping[str, Entr
         )
     for name, entry in found.items():
         shape_wanted = (wanted | optional)[name]
-        if entry.shape != shape_wanted:
+        if entry.shape != shape_wanted and not (_is_number(parts.get(name)) and entry.shape == ()):
             raise UserError(
                 f"{directory}: tensor {name!r} has shape {list(entry.shape)}, the model's sizes say "
                 f"{list(shape_wanted)}; the weights and the configuration belong to different models"
             )
-        if entry.dtype not in DTYPES:
+        if entry.dtype not in DTYPES and name not in parts:
             raise UserError(
                 f"{directory}: tensor {name!r} has dtype {str(entry.dtype).removeprefix('torch.')}; give the "
                 "directory with the BF16, FP16 or FP32 weights"
             )
+
+
+def _is_number(part: Part | None) -> bool:
+    """ModelOpt writes these as tensors of shape [] and [1]."""
+    return part is not None and not part.columns

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..recipe import Recipe
 from ..space import Budget, ElasticSpace, ParentShape
+from .hf_quantised import unquantised
 from .json_files import read_object
 from .manifest import FILE, Manifest
 from .tracker import resolve
@@ -36,9 +38,10 @@ def hf_manifest(path: Path) -> Manifest:
     config = path if path.name == CONFIG else path / CONFIG
     elastic = config.with_name(ELASTIC_CONFIG)
     if elastic.exists():
-        return Manifest.read(elastic)
+        manifest = Manifest.read(elastic)
+        return replace(manifest, hf_config=unquantised(manifest.hf_config))
     data = read_object(config, "give a Hugging Face model directory")
-    return Manifest(shape=hf_shape(data, config), hf_config=data)
+    return Manifest(shape=hf_shape(data, config), hf_config=unquantised(data))
 
 
 def hf_shape(config: Mapping[str, Any], file: Path) -> ParentShape:

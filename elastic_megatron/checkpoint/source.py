@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import UserError
 from . import distributed, integrity, shards, tracker
+from .dequantised import dequantised
 from .foreign import foreign_folder, foreign_manifest
 from .hf_read import read_hf, side_files
 from .manifest import FILE, Manifest
@@ -32,7 +33,7 @@ class Source:
 
 
 def open_source(path: Path) -> Source:
-    """A run folder, checkpoint, ``iter_*`` folder or Hugging Face directory.
+    """A run folder, checkpoint, ``iter_*`` folder or Hugging Face directory; a quantised one as the numbers it means.
 
     Raises ``UserError`` where it is none of them, or damaged.
     """
@@ -41,7 +42,7 @@ def open_source(path: Path) -> Source:
         manifest = Manifest.read(folder / FILE)
         return Source(folder, manifest, lambda chunks: distributed.load(folder, chunks), _side(folder))
     if is_hf(path):
-        stored = read_hf(path)
+        stored = dequantised(read_hf(path))
 
         def fill(chunks: Sequence[nn.Module]) -> None:
             parts = shards.by_name(chunks, stored.manifest.shape)
@@ -57,6 +58,8 @@ def open_stored(path: Path, config: Path | None = None) -> StoredModel:
     Args:
         config: the Hugging Face directory that a checkpoint of another program came from: its sizes, where the
             checkpoint does not say them, and the tokenizer and config that an export takes along.
+
+    A quantised directory is opened as it lies there: ``dequantised`` of it has the numbers.
 
     Raises ``UserError`` where it is none of them, or a header is damaged; sizes of files are compared with
     ``integrity.json`` where there is one, their bytes are not.

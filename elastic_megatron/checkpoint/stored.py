@@ -8,7 +8,7 @@ writing and converting are copies of rows between the pieces of two formats. Not
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 from ..cost.sizes import parent_fields
+from ..quantization.formats import Part
 from ..space import ParentShape, TensorLayout, ends, tensors_of
+from .hf_keys import hf_keys
+from .hf_quantised import Quantised
 from .manifest import Manifest
 
 # of weights that are not quantised
@@ -32,21 +35,30 @@ class ModelTensor:
         layout: its entry in the fact table.
         sizes: the sizes that its layout reads, of its own layer.
         layer, expert: whose it is; ``None`` outside layers and experts.
+        part: which of the tensors that are stored of a quantised weight; ``None`` for a weight as it is.
     """
 
     layout: TensorLayout
     sizes: Mapping[str, int] = field(repr=False, hash=False)
     layer: int | None = None
     expert: int | None = None
+    part: Part | None = None
 
     @property
     def name(self) -> str:
         """As a module built from the local spec spells it."""
-        return self.prefixed("decoder.layers", self.layout.name)
+        name = self.prefixed("decoder.layers", self.layout.name)
+        return name if self.part is None else self.part.renamed(name)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.layout.shape(self.sizes)
+        """Of a part that is one number, how many tensors Hugging Face keeps the rows of the weight in."""
+        shape = self.layout.shape(self.sizes)
+        if self.part is None:
+            return shape
+        if not self.part.columns:
+            return (len(hf_keys(self.layout)),)
+        return (shape[0], shape[1] // self.part.columns)
 
     def prefixed(self, layers: str, local: str) -> str:
         """``local``, a name inside this tensor's layer, as a name inside the model; ``{e}`` becomes the expert."""
@@ -92,6 +104,13 @@ class Entry:
     dtype: torch.dtype
 
 
+def as_stored(tensor: ModelTensor, quantised: Quantised | None) -> tuple[ModelTensor, ...]:
+    """The tensors that are stored of one: its parts where it is quantised, else itself."""
+    if quantised is None or not quantised.stores(tensor.layout, tensor.layer, tensor.expert):
+        return (tensor,)
+    return tuple(replace(tensor, part=part) for part in quantised.format.parts)
+
+
 def stored_shapes(
     tensors: Iterable[ModelTensor], pieces: Callable[[ModelTensor], tuple[Piece, ...]]
 ) -> dict[str, tuple[int, ...]]:
@@ -133,6 +152,7 @@ class StoredModel:
         files: where the weights are.
         pieces: the rows of a tensor, in order.
         side_files: the directory with tokenizer and other files that an export takes along, if there is one.
+        quantised: how weights are stored; ``None`` where they are what they are.
     """
 
     path: Path
@@ -140,10 +160,13 @@ class StoredModel:
     files: Files
     pieces: Callable[[ModelTensor], tuple[Piece, ...]]
     side_files: Path | None = None
+    quantised: Quantised | None = None
 
     @cached_property
     def tensors(self) -> dict[str, ModelTensor]:
-        return {t.name: t for t in model_tensors(self.manifest.shape)}
+        """What is stored, by name."""
+        whole = model_tensors(self.manifest.shape)
+        return {t.name: t for weight in whole for t in as_stored(weight, self.quantised)}
 
     def dtype(self, tensor: ModelTensor) -> torch.dtype:
         return self.files.entries[self.pieces(tensor)[0].key].dtype

@@ -8,6 +8,7 @@ import torch
 
 from ..checkpoint.manifest import Manifest
 from ..cost import Cost, account, metric, sizes_of_parent, sizes_of_spec
+from ..quantization.formats import FP8, NVFP4, Format
 from ..space import Budget, ElasticSpace, ParentShape, SubmodelSpec
 
 CONTEXT = 8192
@@ -31,7 +32,13 @@ _ROW_BYTES = 16
 
 
 def model_card(
-    manifest: Manifest, *, title: str, submodel: str | None, elastic: bool, dtype: torch.dtype
+    manifest: Manifest,
+    *,
+    title: str,
+    submodel: str | None,
+    elastic: bool,
+    dtype: torch.dtype,
+    stored: tuple[Format, int] | None = None,
 ) -> str:
     """The text, with the metadata that Hugging Face reads at its top.
 
@@ -39,7 +46,8 @@ def model_card(
         manifest: of the source; where ``elastic``, of the directory itself.
         submodel: the one that was cut out; ``None`` for a whole model.
         elastic: whether the directory carries ``elastic_config.json``.
-        dtype: of most weights.
+        dtype: of most weights, or of those that are not quantised.
+        stored: format and bytes of quantised weights.
     """
     space = manifest.space
     if elastic:
@@ -51,7 +59,9 @@ def model_card(
     else:
         parts = _whole(manifest.shape)
     models = _models(manifest, submodel, elastic)
-    parts = [_metadata(manifest.shape, elastic), f"# {title}", *parts, *_use(models, dtype)]
+    form = stored[0] if stored else None
+    parts += [_stored(*stored)] if stored else []
+    parts = [_metadata(manifest.shape, elastic, form), f"# {title}", *parts, *_use(models, dtype, form)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -65,11 +75,12 @@ def _models(manifest: Manifest, submodel: str | None, elastic: bool) -> Models:
     return whole | {name: (space, spec) for name, spec in named.items()}
 
 
-def _metadata(shape: ParentShape, elastic: bool) -> str:
+def _metadata(shape: ParentShape, elastic: bool, form: Format | None) -> str:
     tags = ["nemotron_h"]
     tags += ["mamba2"] if "M" in shape.hybrid_layer_pattern else []
     tags += ["moe"] if "E" in shape.hybrid_layer_pattern else []
     tags += ["elastic"] if elastic else []
+    tags += ["modelopt", form.name] if form else []
     lines = [
         "library_name: transformers",
         "pipeline_tag: text-generation",
@@ -77,6 +88,18 @@ def _metadata(shape: ParentShape, elastic: bool) -> str:
         *(f"- {t}" for t in tags),
     ]
     return "\n".join(["---", *lines, "---"])
+
+
+def _stored(form: Format, size: int) -> str:
+    what = {
+        NVFP4.name: "values of 4 bits, an FP8 scale for 16 of them and an FP32 scale for each tensor",
+        FP8.name: "values of 8 bits (e4m3) and an FP32 scale for each tensor",
+    }[form.name]
+    return (
+        f"The weights are quantised to {form.algo}: {what}, in the layout of ModelOpt's unified Hugging Face "
+        f"checkpoints. They take {_significant(size / 2**30)} GiB. `hf_quant_config.json` lists the modules that are "
+        "not quantised."
+    )
 
 
 def _whole(shape: ParentShape) -> list[str]:
@@ -194,7 +217,7 @@ def _amount(value: float, budget: Budget) -> str:
     return f"{_significant(1e3 * value)} ms" if budget.metric == "latency" else f"{value:,.0f}"
 
 
-def _use(models: Models, dtype: torch.dtype) -> Iterator[str]:
+def _use(models: Models, dtype: torch.dtype, form: Format | None) -> Iterator[str]:
     """How to load and serve what the directory holds."""
     uneven = [n for n, (space, spec) in models.items() if space.differing(spec)]
     if len(models) == len(uneven) == 1:
@@ -205,11 +228,14 @@ def _use(models: Models, dtype: torch.dtype) -> Iterator[str]:
         )
         yield "    vllm serve DIR --trust-remote-code"
     else:
-        yield "## Load"
-        yield from _loading(models, uneven, dtype)
+        if form is None:
+            yield "## Load"
+            yield from _loading(models, uneven, dtype)
         yield "## Serve"
         yield "vLLM has the `nemotron_h` architecture built in, and needs no plug-in:"
         yield "    vllm serve DIR"
+    if form is not None:
+        yield f"transformers does not read {form.algo} weights in this layout."
     yield "Not tested here."
 
 

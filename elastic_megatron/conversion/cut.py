@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ..checkpoint.hf_keys import exported_fp32
 from ..checkpoint.manifest import Manifest
-from ..checkpoint.stored import ModelTensor, StoredModel, model_tensors
+from ..checkpoint.stored import ModelTensor, StoredModel, as_stored, model_tensors
+from ..errors import UserError
+from ..quantization.formats import Format
 from ..space import ElasticSpace, ParentShape, SubmodelSpec, TensorLayout, undeal
 from ..space.space import GLOBAL_AXES
+from .blocks import part_columns, parted
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,16 @@ def cut_model(
         dtype: of the weights; ``None`` keeps each tensor's own. The small tensors that the fact table marks fp32
             (A_log, D, router and its bias), and dt_bias, are fp32 in any case where ``dtype`` is given.
 
-    Raises ``UserError`` for an unknown submodel.
+    A quantised model is cut as it is stored: rows and whole blocks of columns of every part, numbers as they are. A
+    submodel has then the values that the same columns have in the source.
+
+    Raises ``UserError`` for an unknown submodel, and for one that keeps parts of blocks.
     """
+    assert dtype is None or source.quantised is None, "quantised weights have the dtypes of their format"
     manifest = source.manifest
     space, spec = _space(manifest, submodel)
     shape, layer_sizes = space.widest_shape(spec), _layer_sizes(space, spec)
-    parents = {(t.layer, t.layout.name, t.expert): t for t in source.tensors.values()}
+    parents = {(t.layer, t.layout.name, t.expert): t for t in model_tensors(manifest.shape)}
     positions = _Positions(space, plain_order)
     layers, cuts = space.kept_layers(spec), []
     for target in model_tensors(shape, layer_sizes):
@@ -81,8 +89,11 @@ def cut_model(
             kept = widths.pop("num_moe_experts", None)
             expert = expert if kept is None else positions.of_axis("num_moe_experts", kept)[expert]
         parent = parents[layer, target.layout.name, expert]
-        rows, columns = positions.of_tensor(parent, widths)
-        cuts.append(Cut(target, parent, rows, columns, _dtype(target.layout, dtype) or source.dtype(parent)))
+        for part in as_stored(parent, source.quantised):
+            form = source.quantised.format if source.quantised and part.part else None
+            rows, columns = positions.of_tensor(part, widths, form)
+            own = replace(target, part=part.part)
+            cuts.append(Cut(own, part, rows, columns, _dtype(target.layout, dtype) or source.dtype(part)))
     return Model(shape, layer_sizes, cuts)
 
 
@@ -106,9 +117,7 @@ def _layer_sizes(space: ElasticSpace, spec: SubmodelSpec) -> dict[int, dict[str,
 
 
 def _dtype(layout: TensorLayout, dtype: torch.dtype | None) -> torch.dtype | None:
-    """dt_bias has Megatron's parameter dtype and is no fp32 tensor there, but exports of the family keep it so."""
-    kept = layout.fp32 or layout.name == "mixer.dt_bias"
-    return torch.float32 if dtype is not None and kept else dtype
+    return torch.float32 if dtype is not None and exported_fp32(layout) else dtype
 
 
 class _Positions:
@@ -130,20 +139,45 @@ class _Positions:
         return self._axes[key]
 
     def of_tensor(
-        self, source: ModelTensor, widths: Mapping[str, int]
+        self, source: ModelTensor, widths: Mapping[str, int], form: Format | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        key = (source.layout, tuple(sorted(widths.items())))
+        """Rows and columns of a tensor; of a part of a weight in a format, those that the weight's are."""
+        key = (source.layout, source.part, tuple(sorted(widths.items())))
         if key not in self._tensors:
-            layout = source.layout
-            kept = {a: self.of_axis(a, w) for a, w in widths.items()}
-            found = [layout.gather(dim, source.sizes, kept) for dim in range(len(layout.dims))]
-            changed = [
-                None if p is None or p == list(range(n)) else torch.tensor(p)
-                for p, n in zip(found, source.shape, strict=True)
-            ]
-            assert not any(p is not None for p in changed[2:]), "axes lie in the first two dimensions"
-            self._tensors[key] = (changed[0], changed[1] if len(changed) > 1 else None)
+            rows, columns = self._of_weight(source, widths)
+            if form is not None and source.part is not None:
+                rows = rows if source.part.columns else None
+                columns = self._of_part(form, source, widths, columns)
+            self._tensors[key] = tuple(None if p is None else torch.tensor(p) for p in (rows, columns))
         return self._tensors[key]
+
+    def _of_weight(
+        self, source: ModelTensor, widths: Mapping[str, int]
+    ) -> tuple[list[int] | None, list[int] | None]:
+        layout = source.layout
+        kept = {a: self.of_axis(a, w) for a, w in widths.items()}
+        found = [layout.gather(dim, source.sizes, kept) for dim in range(len(layout.dims))]
+        changed = [
+            None if p is None or p == list(range(n)) else p
+            for p, n in zip(found, layout.shape(source.sizes), strict=True)
+        ]
+        assert not any(p is not None for p in changed[2:]), "axes lie in the first two dimensions"
+        return changed[0], changed[1] if len(changed) > 1 else None
+
+    def _of_part(
+        self, form: Format, source: ModelTensor, widths: Mapping[str, int], columns: list[int] | None
+    ) -> list[int] | None:
+        assert source.part is not None
+        try:
+            return part_columns(form, source.part, columns)
+        except ValueError:
+            stored = _Positions(self._space, plain_order=False)
+            if self._plain and stored._of_weight(source, widths)[1] != columns:
+                raise UserError(
+                    f"--plain-order undoes the lanes, which parts the blocks of {form.block} columns that share a "
+                    f"scale in {form.algo}; leave it out, or quantise a directory in plain order"
+                ) from None
+            raise parted(form, source, widths, self._space, self.of_axis) from None
 
 
 def by_source(models: Sequence[Model]) -> Iterator[tuple[ModelTensor, list[tuple[int, Cut]]]]:

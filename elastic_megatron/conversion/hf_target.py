@@ -15,13 +15,17 @@ from torch import Tensor
 
 from ..checkpoint import integrity
 from ..checkpoint.hf_config import code_files, hf_config, with_dtype
+from ..checkpoint.hf_keys import module_of
 from ..checkpoint.hf_names import EMBEDDING, HEAD, hf_pieces
+from ..checkpoint.hf_quantised import FILE as QUANT_CONFIG
+from ..checkpoint.hf_quantised import KEY, Quantised
 from ..checkpoint.hf_read import CONFIG, ELASTIC_CONFIG, side_files
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.nested import nested_manifest
 from ..checkpoint.safetensors_files import SafetensorsFiles
 from ..checkpoint.stored import Entry, ModelTensor, StoredModel, stored_shapes
 from ..errors import UserError
+from ..quantization.formats import WEIGHT
 from .card import model_card
 from .copy import Progress, copy, threads
 from .cut import Model, cut_model
@@ -75,6 +79,10 @@ def to_hf(
     Raises ``UserError`` where a destination holds something or the disk is too small, for an unknown submodel or
     one that ``nemotron_h`` cannot state, for an elastic export of a model that is not, for a damaged source.
     """
+    if dtype is not None and source.quantised is not None:
+        raise UserError(
+            f"{source.path} is quantised to {source.quantised.format.algo}, whose dtypes are fixed; leave out --dtype"
+        )
     plans = [_plan(source, request, dtype) for request in requests]
     check_space({p.request.directory: sum(map(nbytes, p.entries.values())) for p in plans})
     with write_errors(requests[0].directory.parent), ExitStack() as stack:
@@ -110,6 +118,7 @@ class _Plan:
     entries: dict[str, Entry]
     config: dict[str, object]
     card: str
+    quantised: Quantised | None
 
 
 def _plan(source: StoredModel, request: Request, dtype: torch.dtype | None) -> _Plan:
@@ -120,19 +129,23 @@ def _plan(source: StoredModel, request: Request, dtype: torch.dtype | None) -> _
         f.suffix == ".py" for f in side_files(source.side_files)
     )
     config = hf_config(manifest, model.shape, remote_code, model.layer_sizes)
-    entries = _entries(model)
+    entries = _entries(source, model)
     config = with_dtype(config, entries[EMBEDDING].dtype)
     if request.elastic:
         nested = manifest if request.submodel is None else nested_manifest(manifest, request.submodel)
         manifest = replace(nested, hf_config=config)
+    quantised = _quantised(source, model)
+    if quantised is not None:
+        config = {**config, KEY: quantised.config}
     card = model_card(
         manifest,
         title=_title(request),
         submodel=request.submodel,
         elastic=request.elastic,
         dtype=entries[EMBEDDING].dtype,
+        stored=(quantised.format, sum(map(nbytes, entries.values()))) if quantised is not None else None,
     )
-    return _Plan(request, manifest, model, entries, config, card)
+    return _Plan(request, manifest, model, entries, config, card, quantised)
 
 
 def _title(request: Request) -> str:
@@ -157,7 +170,21 @@ def _check_request(request: Request, source: StoredModel) -> None:
         raise UserError("--elastic keeps the stored order, which --plain-order undoes; choose one of them")
 
 
-def _entries(model: Model) -> dict[str, Entry]:
+def _quantised(source: StoredModel, model: Model) -> Quantised | None:
+    """The source's format, with the modules that it leaves alone and the target has, by the target's names."""
+    if source.quantised is None:
+        return None
+    modules: set[str] = set()
+    for cut in model.cuts:
+        for ours, theirs in zip(hf_pieces(cut.target), hf_pieces(cut.source), strict=True):
+            if ours.key.endswith("." + WEIGHT) and source.quantised.excludes(theirs.key):
+                modules.add(module_of(ours.key))
+    if model.shape.tie_embeddings and source.quantised.excludes(HEAD):
+        modules.add(module_of(HEAD))
+    return source.quantised.excluding(sorted(modules))
+
+
+def _entries(source: StoredModel, model: Model) -> dict[str, Entry]:
     """The tensors of the directory, in the order of the model.
 
     A tied model gets an ``lm_head.weight`` of its own: transformers 5.16 ties nothing in ``nemotron_h``
@@ -166,6 +193,12 @@ def _entries(model: Model) -> dict[str, Entry]:
     dtypes = {piece.key: cut.dtype for cut in model.cuts for piece in hf_pieces(cut.target)}
     shapes = stored_shapes(model.tensors, hf_pieces)
     entries = {key: Entry(shape, dtypes[key]) for key, shape in shapes.items()}
+    for cut in model.cuts:
+        if (
+            cut.target.part is not None and not cut.target.part.columns
+        ):  # a number: [] and [1] are both in use
+            for ours, theirs in zip(hf_pieces(cut.target), hf_pieces(cut.source), strict=True):
+                entries[ours.key] = source.files.entries[theirs.key]
     if model.shape.tie_embeddings:
         entries[HEAD] = entries[EMBEDDING]
     return entries
@@ -228,6 +261,8 @@ def _complete(folder: Path, plan: _Plan, side: Path | None) -> None:
         shutil.copyfile(file, folder / name)
     if plan.request.elastic:
         plan.manifest.write(folder / ELASTIC_CONFIG)
+    if plan.quantised is not None:
+        (folder / QUANT_CONFIG).write_text(json.dumps(plan.quantised.file, indent=4) + "\n")
     (folder / CONFIG).write_text(json.dumps(plan.config, indent=2) + "\n")
     (folder / "README.md").write_text(plan.card)
     for path in (*folder.iterdir(), folder):

@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 
 from ..checkpoint import integrity, tracker
+from ..checkpoint.dequantised import dequantised
 from ..checkpoint.hf_read import side_files
 from ..checkpoint.manifest import FILE
 from ..checkpoint.stored import StoredModel
@@ -26,8 +27,8 @@ def to_megatron(
 ) -> Report:
     """Write iteration 0 of a checkpoint, for any parallel layout, in memory that does not grow with the model.
 
-    The tensors keep their dtypes. The checkpoint is written under a hidden name, and the tracker names it when it is
-    complete.
+    The tensors keep their dtypes; of a quantised source, they are the numbers that its weights stand for. The
+    checkpoint is written under a hidden name, and the tracker names it when it is complete.
 
     Args:
         directory: the checkpoint root; must hold no checkpoint yet.
@@ -38,6 +39,7 @@ def to_megatron(
     """
     if tracker.is_checkpoint(directory):
         raise UserError(f"{directory} holds a checkpoint already; choose another folder")
+    source = dequantised(source)
     model = cut_model(source)
     size = sum(prod(cut.target.shape) * cut.dtype.itemsize for cut in model.cuts)
     check_space({directory: size})

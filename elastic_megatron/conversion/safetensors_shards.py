@@ -96,7 +96,7 @@ class SafetensorsShards:
         with open(file, "xb") as f:
             f.write(len(text).to_bytes(8, "little") + text)
             f.truncate(8 + len(text) + end)
-        shard = _Shard(file, sum(entry.shape[0] for entry in entries.values()))
+        shard = _Shard(file, sum(entry.shape[0] if entry.shape else 1 for entry in entries.values()))
         self._shards.append(shard)
         self._place |= {key: (shard, 8 + len(text) + offset) for key, offset in offsets.items()}
 

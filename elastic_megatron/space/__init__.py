@@ -2,7 +2,7 @@
 
 from .axes import AXES, AXIS_NAMES, Axis, axis
 from .budget import Budget
-from .layouts import BLOCKS, Segment, TensorLayout, ends, tensors_of
+from .layouts import BLOCKS, Segment, TensorLayout, ends, tensors_of, whole_blocks
 from .parent import ParentShape
 from .space import ElasticSpace, stored_order, undeal
 from .stages import stage_layers
@@ -25,4 +25,5 @@ __all__ = [
     "stored_order",
     "tensors_of",
     "undeal",
+    "whole_blocks",
 ]

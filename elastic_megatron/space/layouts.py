@@ -109,6 +109,19 @@ class TensorLayout:
         return [p for part in positions for p in part]
 
 
+def whole_blocks(positions: Sequence[int], block: int) -> list[int] | None:
+    """The blocks, of ``block`` positions each, that ``positions`` are made of, in their order.
+
+    Columns that share a scale can only be gathered together: a tensor of scales is gathered by the blocks that the
+    columns of its weight are.
+
+    Returns:
+        ``None`` where the positions are not whole blocks, each in its own order.
+    """
+    blocks = [p // block for p in positions[::block]]
+    return blocks if [b * block + i for b in blocks for i in range(block)] == list(positions) else None
+
+
 def _flatten(extents: Sequence[int], taken: Sequence[Sequence[int]]) -> list[int]:
     out = [0]
     for n, keep in zip(extents, taken, strict=True):
