@@ -30,6 +30,9 @@ ROUTER = "tests/router/test_budget_router.py"
 MIX = "tests/ops/test_mix.py"
 STREAMS = "tests/conversion/test_streaming.py"
 HF = "tests/checkpoint/test_hf.py"
+PACKING = "tests/quantization/test_packing.py"
+QUANTISED = "tests/conversion/test_quantised_slices.py"
+QUANTISED_READ = "tests/checkpoint/test_quantised_read.py"
 SCRIPT = "tests/job_script/test_job_script.py"
 RANK_GRADIENTS = "tests/parallel/test_rank_gradients.py"
 RANK_TRAINING = "tests/parallel/test_training.py"
@@ -134,6 +137,30 @@ MUTATIONS = (
              "    temporary(directory, iteration).rename(final)\n    _point(directory, iteration)\n",
              "    _point(directory, iteration)\n    temporary(directory, iteration).rename(final)\n",
              f"{RESUME} -k moment"),
+    Mutation("8", "values halfway between two round down", "quantization/nvfp4.py",
+             "        code += magnitude == bound\n", "        code += 0\n", PACKING),
+    Mutation("8", "the even column is in the high half of its byte", "quantization/nvfp4.py",
+             "(code[..., 1::2] << 4) | code[..., 0::2]", "(code[..., 0::2] << 4) | code[..., 1::2]", PACKING),
+    Mutation("8", "the scales of tiny blocks round to zero", "quantization/nvfp4.py",
+             "found.clamp(SCALE_MIN, SCALE_MAX)", "found.clamp(0, SCALE_MAX)", PACKING),
+    Mutation("8", "blocks may be cut where they begin whole", "space/layouts.py",
+             "return blocks if [b * block + i for b in blocks for i in range(block)] == list(positions) else None",
+             "return blocks", QUANTISED),
+    Mutation("8", "block scales are a prefix, whatever the lanes", "conversion/blocks.py",
+             "return [block * per_block + i for block in blocks for i in range(per_block)]",
+             "return list(range(len(blocks) * per_block)) if per_block == 1 else"
+             " [block * per_block + i for block in blocks for i in range(per_block)]", QUANTISED),
+    Mutation("8", "a slice excludes the modules of its source", "conversion/hf_target.py",
+             "modules.add(module_of(ours.key))", "modules.add(module_of(theirs.key))", QUANTISED),
+    Mutation("8", "a cut part has the scales of another expert", "conversion/cut.py",
+             "for part in as_stored(parent, source.quantised):",
+             "for part in (replace(s, expert=expert and 0) if s.part and not s.part.columns else s"
+             " for s in as_stored(parent, source.quantised)):", QUANTISED),
+    Mutation("8", "numbers are rounded before they are scaled", "quantization/nvfp4.py",
+             "(scales.float() * scale).unsqueeze(-1)).reshape(values.shape).to(dtype)",
+             "(scales.float() * scale).to(dtype).unsqueeze(-1)).reshape(values.shape).to(dtype)", QUANTISED_READ),
+    Mutation("8", "what a list excludes may have scales", "checkpoint/hf_parts.py",
+             "if name.rpartition(\".\")[2] in scales and quantised.excludes(name):", "if False:", QUANTISED_READ),
     Mutation("10", "the teacher is not filled with the parent's weights", "training/build.py",
              "    chosen.fill(teacher)\n", "", RUN),
     Mutation("10", "the teacher trains along", "training/build.py",

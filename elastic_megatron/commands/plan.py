@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 
 if TYPE_CHECKING:
+    from ..checkpoint.hf_quantised import Quantised
     from ..checkpoint.manifest import Manifest
     from ..cost.rank_memory import Load
     from ..cost.setting import Setting
@@ -26,6 +27,9 @@ weights, no GPU and no torch.
 RECIPE and CHAIN are YAML files. HF_DIR is a directory with a config.json (or that file); where it has an
 elastic_config.json too, its submodels are listed. A recipe's submodels are the router's to choose, so before
 training the smallest and the full one are shown instead. Of a chain the last job that trains a family is shown.
+
+Of a quantised HF_DIR the size of its own files is shown too, which depends on what it leaves unquantised: with
+--json, `stored_format` and, of each size, `stored_bytes`; `unread` says why it could not be told.
 
 With --json, `jobs` holds per job: job, ranks, steps, tokens, flops, gpu_hours and hours (null unless the cluster
 file names a GPU), slurm_jobs (how often the time limit is reached), memory_per_rank, memory_limit (bytes of the GPU),
@@ -72,7 +76,8 @@ class Subject:
     """What is planned: a model, its family, and the jobs that it is to run in.
 
     ``load`` is the most that a rank computes at a time, and ``load_name`` what that is; ``jobs`` has a chain of one job
-    for a recipe, ``None`` for a model directory.
+    for a recipe, ``None`` for a model directory. ``quantised`` is how the weights of such a directory are stored,
+    ``unread`` why that cannot be read.
     """
 
     name: str
@@ -84,6 +89,8 @@ class Subject:
     load_name: str
     context: int
     jobs: tuple[JobChain, Families] | None = None
+    quantised: Quantised | None = None
+    unread: str | None = None
 
     @property
     def trained(self) -> bool:
@@ -110,6 +117,8 @@ class Subject:
 
 def read(source: Path, overrides: Sequence[str], context: int) -> Subject:
     """A recipe or chain, or a Hugging Face directory or ``config.json``. Raises ``UserError`` for a bad one."""
+    from ..checkpoint.hf_quantised import read_quantised
+    from ..checkpoint.json_files import read_object
     from ..checkpoint.resolve import CONFIG, hf_manifest
     from ..cost.rank_memory import Load
     from ..cost.setting import LayoutSizes, Setting
@@ -126,6 +135,13 @@ def read(source: Path, overrides: Sequence[str], context: int) -> Subject:
     folder = source.parent if source.name == CONFIG else source
     setting = Setting(manifest.shape, manifest.space, LayoutSizes(1, False, 1, None, 1, None, 1, None))
     forward = Load(context, 1, training=False)
+    quantised, unread = None, None
+    try:
+        quantised = read_quantised(
+            folder, read_object(folder / CONFIG, "give a Hugging Face model directory")
+        )
+    except UserError as e:
+        unread = str(e)  # sizes need no format
     return Subject(
         folder.resolve().name,
         manifest,
@@ -135,6 +151,8 @@ def read(source: Path, overrides: Sequence[str], context: int) -> Subject:
         forward,
         "forward pass",
         context,
+        quantised=quantised,
+        unread=unread,
     )
 
 
@@ -186,6 +204,10 @@ def plan(subject: Subject) -> dict[str, Any]:
         "memory_per_rank": _memory(subject) if layout["layers_per_stage"] else None,
         "jobs": {},
     }
+    if subject.quantised is not None:
+        out["stored_format"] = subject.quantised.format.name
+    if subject.unread is not None:
+        out["unread"] = subject.unread
     if subject.jobs is not None:
         from .plan_jobs import jobs_of
 
@@ -203,7 +225,13 @@ def _cost(
 
     model = sizes_of_spec(of, spec or of.full()) if isinstance(of, ElasticSpace) else sizes_of_parent(of)
     caches = {str(tokens): cache_bytes(model, tokens) for tokens in subject.contexts}
-    return account(of, spec, subject.context).to_dict() | {"cache_bytes": caches}
+    out = account(of, spec, subject.context).to_dict() | {"cache_bytes": caches}
+    if subject.quantised is not None:
+        from ..checkpoint.hf_quantised import stored_bytes
+
+        space = of if isinstance(of, ElasticSpace) else ElasticSpace(of, ())
+        out["stored_bytes"] = stored_bytes(subject.quantised, space, spec or space.full())
+    return out
 
 
 def _layout(subject: Subject) -> dict[str, Any]:

@@ -27,6 +27,8 @@ def show(subject: Subject, plan: dict[str, Any]) -> None:
     """Print the tables of a plan to stdout."""
     console = Console()
     console.print(_size_table(subject, plan))
+    if subject.unread is not None:
+        console.print(f"[yellow]{escape(subject.unread)}", highlight=False, soft_wrap=True)
     console.print(_cache_table(subject, plan))
     if subject.space is not None:
         console.print(_width_table(subject))
@@ -49,7 +51,9 @@ def _size_table(subject: Subject, plan: dict[str, Any]) -> Table:
     shape, parent = subject.manifest.shape, plan["parent"]
     kinds = [f"{len(shape.layers_of(s))} {name}" for s, name in say.LAYER_NAMES.items() if shape.layers_of(s)]
     title = f"{subject.name}: {shape.num_layers} layers ({', '.join(kinds)})"
-    table = empty_table(title, "size", ["params", "active", "GFLOPs", "BF16", "FP8", "NVFP4"])
+    columns = ["params", "active", "GFLOPs", "BF16", "FP8", "NVFP4"]
+    stored = ["stored"] if subject.quantised is not None else []
+    table = empty_table(title, "size", columns + stored)
     table.caption = (
         f"{parent['total_params']:,} parameters, {parent['active_params']:,} active; GFLOPs of one token in a "
         f"sequence of {subject.context:,}"
@@ -61,6 +65,11 @@ def _size_table(subject: Subject, plan: dict[str, Any]) -> Table:
             say.count(cost["active_params"]),
             say.significant(cost["flops_per_token"] / 1e9),
             *(in_bytes(cost["weights_bytes"][f]) for f in ("bf16", "fp8", "nvfp4")),
+            *(in_bytes(cost["stored_bytes"]) for _ in stored),
+        )
+    if subject.quantised is not None:
+        table.caption += (
+            f"; stored: {subject.quantised.format.algo} with the modules this directory leaves alone"
         )
     return table
 
