@@ -42,6 +42,6 @@ case ${plan[index]} in
     wait)
         echo $$ >"$job/waiting.$attempt.$RANK"
         # a trap runs at once only while the shell waits; an end, should the test die
-        for _ in {1..1200}; do sleep 0.1 & wait $!; done
+        for _ in {1..3000}; do sleep 0.1 & wait $!; done
         ;;
 esac
