@@ -91,6 +91,7 @@ def test_two_data_parallel_ranks_train_what_one_does(
     story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the full budget nothing is drawn per rank, so that the losses must be equal up to the order of sums."""
+    before = set(psutil.Process().children(recursive=True))
     sizes = "tokens: 3072, seq_length: 64, global_batch_size: 8, micro_batch_size: 2"
     stage = f"{{name: a, {sizes}, budget_probs: {{large: 1.0}}}}"
     changes = [f"stages=[{stage}]", "loss.ce_weight=0.5", "checkpoint.interval=0", "log.eval_interval=0"]
@@ -125,5 +126,4 @@ def test_two_data_parallel_ranks_train_what_one_does(
         json.loads((tmp_path / "two/checkpoints/iter_0000006/elastic.json").read_text())["format_version"]
         == 1
     )
-    children = psutil.Process().children(recursive=True)
-    assert [c for c in children if "elastic_megatron" in " ".join(c.cmdline())] == []
+    assert set(psutil.Process().children(recursive=True)) <= before

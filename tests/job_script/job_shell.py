@@ -28,7 +28,10 @@ for rank in range(nodes * per_node):
     slurm = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank % per_node, "SLURM_NODEID": rank // per_node,
              "SLURM_NTASKS": nodes * per_node}
     env = os.environ | {name: str(value) for name, value in slurm.items()}
-    worst = max(worst, subprocess.run(command, env=env, timeout=30).returncode)
+    status = subprocess.run(command, env=env, timeout=30).returncode
+    worst = max(worst, status)
+    if status > 0:
+        print(f"srun: error: node{rank // per_node}: task {rank}: Exited with exit code {status}", file=sys.stderr, flush=True)
 sys.exit(worst)
 """
 # a requeued job's shell is ended by Slurm

@@ -118,6 +118,13 @@ def test_bad_input_is_never_tried_again(tmp_path: Path) -> None:
     assert here.run() == 1 and len(here.ranks()) == 4
 
 
+def test_the_first_rank_to_fail_says_why(tmp_path: Path) -> None:
+    """srun's status is the highest: that of ranks which it ended because one failed."""
+    here = machine(tmp_path)
+    assert here.run("test $RANK = 0 && exit 2; exit 143") == 2
+    assert [a.exit for a in record.attempts(tmp_path / "run", "train")] == [2]
+
+
 @pytest.mark.parametrize("kind", ["none", "chain, links: 2"])
 def test_other_continuations_end_with_the_status(tmp_path: Path, kind: str) -> None:
     """The next link, or nobody, goes on: Slurm decides that by itself."""

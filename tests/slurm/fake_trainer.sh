@@ -30,8 +30,6 @@ leave() {
     exit "$2"
 }
 
-trap 'leave USR1 75' USR1
-trap 'leave TERM 143' TERM
 echo "$attempt rank $RANK of $WORLD_SIZE, local $LOCAL_RANK, $MASTER_ADDR:$MASTER_PORT, $1 from $step" >>"$job/ranks"
 echo "rank $RANK starts at step $step"
 
@@ -40,6 +38,8 @@ case ${plan[index]} in
     exit-*) exit "${plan[index]#exit-}" ;;
     advance-*) advance && exit "${plan[index]#advance-}" ;;
     wait)
+        trap 'leave USR1 75' USR1
+        trap 'leave TERM 143' TERM
         echo $$ >"$job/waiting.$attempt.$RANK"
         # a trap runs at once only while the shell waits; an end, should the test die
         for _ in {1..3000}; do sleep 0.1 & wait $!; done
