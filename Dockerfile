@@ -49,7 +49,7 @@ for name in HELD:
 PY
 ENV PIP_CONSTRAINT=/opt/constraints.txt
 
-# The dependencies of pyproject.toml, with ModelOpt: what the image has and pyproject.toml accepts stays, the rest comes
+# The dependencies of pyproject.toml: what the image has and pyproject.toml accepts stays, the rest comes
 # in the versions of uv.lock.
 RUN python - <<'PY' > /opt/requirements.txt
 import tomllib
@@ -68,7 +68,7 @@ def accepted(wanted):
         return False
 
 
-for wanted in map(Requirement, project["dependencies"] + project["optional-dependencies"]["quantize"]):
+for wanted in map(Requirement, project["dependencies"]):
     if not accepted(wanted):
         print(f"{wanted.name}=={locked[wanted.name]}")
 PY

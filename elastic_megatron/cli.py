@@ -14,7 +14,19 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from . import __version__
-from .commands import convert, evaluate, jobs, plan, quickstart, rank, recipe, submit, train
+from .commands import (
+    convert,
+    evaluate,
+    generate,
+    jobs,
+    plan,
+    quantize,
+    quickstart,
+    rank,
+    recipe,
+    submit,
+    train,
+)
 from .data import cli as prepare_data
 from .errors import UserError
 from .report import cli as report
@@ -24,7 +36,21 @@ _REFUSALS = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
 }  # fmt: skip
 
-COMMANDS = (quickstart, plan, recipe, prepare_data, rank, train, convert, evaluate, submit, jobs, report)
+COMMANDS = (
+    quickstart,
+    plan,
+    recipe,
+    prepare_data,
+    rank,
+    train,
+    quantize,
+    convert,
+    evaluate,
+    generate,
+    submit,
+    jobs,
+    report,
+)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -21,12 +21,12 @@ def forward_only[T](
     """Run batches of one shape through the model, by Megatron's own schedule.
 
     Args:
-        chunks: this rank's pipeline chunks, bare.
+        chunks: this rank's pipeline chunks, bare, or each with a teacher's beside it, so that it returns both.
         batches: ``tokens`` [b, s], optionally ``position_ids`` and others of that shape: whole sequences. Every
             rank of a model replica passes the same ones; with a virtual pipeline their number is a multiple
             of the pipeline's size.
         consume: called on the last pipeline stage with a batch, cut for context parallelism, and its logits
-            [b, s / context, vocabulary / tensor].
+            [b, s / context, vocabulary / tensor]; the teacher's are ``reference`` of the batch.
 
     Returns:
         What ``consume`` returned, in order; empty on the other stages.
@@ -46,6 +46,8 @@ def forward_only[T](
     def step(iterator: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Callable[..., T]]:
         batch = next(iterator)
         output = model(batch["tokens"], batch["position_ids"], None)
+        if isinstance(output, tuple):
+            output, batch["reference"] = output
         return output, lambda logits, non_loss_data: consume(batch, logits)
 
     local = [cut(batch) for batch in batches]

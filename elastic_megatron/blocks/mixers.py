@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import lcm
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from megatron.core.ssm.mamba_context_parallel import MambaContextParallel
 from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.transformer.moe.router import TopKRouter
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..space import ElasticSpace
 from .binding import Binding
@@ -42,6 +42,17 @@ class _MaskedConv(MambaContextParallel):
         return self._slice_conv_param(param)
 
 
+@contextmanager
+def _shadowed(module: nn.Module, **tensors: Tensor) -> Iterator[None]:
+    """Stand-ins for parameters or buffers during one call: ``__dict__`` is looked up before them."""
+    module.__dict__.update(tensors)
+    try:
+        yield
+    finally:
+        for name in tensors:
+            del module.__dict__[name]
+
+
 class ElasticMambaMixer(MambaMixer):
     """``MambaMixer`` whose convolution parameters pass through the bound mask."""
 
@@ -50,6 +61,12 @@ class ElasticMambaMixer(MambaMixer):
         masked.__dict__.update(self.cp.__dict__)
         masked.binding = binding
         self.cp = masked
+
+    def _ssm_decode(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A decoding step, which reads the parameters themselves and not what ``cp`` hands out."""
+        weight, bias = self.cp.get_conv1d_weight(), self.cp.get_conv1d_bias()
+        with _shadowed(self, conv1d_weight=weight, conv1d_bias=bias):
+            return super()._ssm_decode(*args, **kwargs)
 
 
 class ElasticTopKRouter(TopKRouter):
@@ -92,17 +109,10 @@ class ElasticTopKRouter(TopKRouter):
         with self._bias_of(alive):
             return super().routing(logits + log_kept.to(logits.dtype), padding_mask)
 
-    @contextmanager
-    def _bias_of(self, alive: Tensor) -> Iterator[None]:
-        """Shadow the ``expert_bias`` buffer for one call: ``__dict__`` is looked up before the buffers."""
+    def _bias_of(self, alive: Tensor) -> AbstractContextManager[None]:
         if self.expert_bias is None:
-            yield
-            return
-        self.__dict__["expert_bias"] = torch.where(alive, self.expert_bias, float("-inf"))
-        try:
-            yield
-        finally:
-            del self.__dict__["expert_bias"]
+            return nullcontext()
+        return _shadowed(self, expert_bias=torch.where(alive, self.expert_bias, float("-inf")))
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Count tokens so that an expert absent from a micro-batch is neither over- nor underloaded.

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..quantization.formats import WEIGHT, WEIGHT_SCALE, Format, Part
 from ..quantization.packing import dequantise
-from .hf_names import EMBEDDING
 from .stored import Entry, Files, StoredModel
 
 # codes and fp32 values of these many rows of a weight are in memory besides the rows asked for
@@ -26,7 +25,7 @@ def dequantised(stored: StoredModel) -> StoredModel:
     """
     if stored.quantised is None:
         return stored
-    dtype = stored.files.entries[EMBEDDING].dtype
+    dtype = stored.dtype(next(iter(stored.tensors.values())))
     return replace(stored, files=_Dequantised(stored.files, stored.quantised.format, dtype), quantised=None)
 
 

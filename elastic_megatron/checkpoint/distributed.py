@@ -28,6 +28,7 @@ from .. import runtime
 from ..errors import UserError
 from . import integrity, tracker
 from .agreement import ROUTER, check_replicas, same_on_all_ranks
+from .amax import Amax, write_amax
 from .hf_read import side_files
 from .manifest import FILE, Manifest
 
@@ -41,19 +42,22 @@ def save(
     optimizer: Any = None,
     state: Mapping[str, Any] | None = None,
     hf_files: Path | None = None,
+    amax: Mapping[str, Amax] | None = None,
     keep_last: int = 0,
 ) -> Path:
     """Write ``iter_%07d`` and point the tracker at it; collective over all ranks.
 
     Args:
         directory: the checkpoint root.
-        chunks, manifest, optimizer, state, hf_files: as in ``Saver.save``.
+        chunks, manifest, optimizer, state, hf_files, amax: as in ``Saver.save``.
         keep_last: checkpoints to keep, 0 for all.
 
     Raises ``UserError`` as ``Saver.save``.
     """
     with Saver(directory, keep_last=keep_last) as saver:
-        return saver.save(iteration, chunks, manifest, optimizer=optimizer, state=state, hf_files=hf_files)
+        return saver.save(
+            iteration, chunks, manifest, optimizer=optimizer, state=state, hf_files=hf_files, amax=amax
+        )
 
 
 class Saver:
@@ -84,6 +88,7 @@ class Saver:
         optimizer: Any = None,
         state: Mapping[str, Any] | None = None,
         hf_files: Path | None = None,
+        amax: Mapping[str, Amax] | None = None,
     ) -> Path:
         """Save a state; returns the folder that holds it once it is complete. Waits for a save still under way.
 
@@ -92,6 +97,7 @@ class Saver:
             optimizer: a Megatron optimizer, saved reshardable; ``None`` saves weights only.
             state: plain values to return from ``load`` (step, consumed samples, schedules), equal on all ranks.
             hf_files: a Hugging Face directory whose tokenizer and other side files are copied to ``hf/``.
+            amax: of a quantised model, those of the whole of it, on the first rank at least.
 
         Raises ``UserError`` where the files cannot be written, or the budget router differs between ranks.
         """
@@ -121,7 +127,7 @@ class Saver:
             owner = os.getpid() if self.async_save else None
             write = functools.partial(_write_shards, request.async_fn, temporary, owner)
             request = request._replace(async_fn=write)
-        request.add_finalize_fn(lambda: self._publish(temporary, iteration, manifest, hf_files))
+        request.add_finalize_fn(lambda: self._publish(temporary, iteration, manifest, hf_files, amax))
         with _write_errors(temporary):
             if self.async_save:
                 self._queue.schedule_async_request(request)
@@ -153,10 +159,19 @@ class Saver:
                 writer.kill()
                 writer.join()
 
-    def _publish(self, temporary: Path, iteration: int, manifest: Manifest, hf_files: Path | None) -> None:
+    def _publish(
+        self,
+        temporary: Path,
+        iteration: int,
+        manifest: Manifest,
+        hf_files: Path | None,
+        amax: Mapping[str, Amax] | None,
+    ) -> None:
         with same_on_all_ranks(f"{temporary} cannot be completed"):
             if _rank() == 0:
                 manifest.write(temporary / FILE)
+                if amax is not None:
+                    write_amax(temporary, amax)
                 if hf_files is not None:
                     (temporary / "hf").mkdir()
                     for file in side_files(hf_files):

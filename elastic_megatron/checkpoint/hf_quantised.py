@@ -6,18 +6,24 @@ modules that it leaves alone, by name or by pattern. Nothing is guessed from the
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import filter as fnfilter
 from fnmatch import translate
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..cost.sizes import parent_fields
 from ..errors import UserError
 from ..quantization.formats import FORMATS, Format
-from ..space import ElasticSpace, SubmodelSpec, TensorLayout, ends, tensors_of
+from ..quantization.presets import PRESETS, Block, block_of
+from ..recipe.deploy import Quantize
+from ..recipe.types import did_you_mean
+from ..space import ElasticSpace, ParentShape, SubmodelSpec, TensorLayout, ends, tensors_of
 from .hf_keys import exported_fp32, hf_keys, module_of
 from .json_files import read_object
 
@@ -69,9 +75,119 @@ class Quantised:
         file = {**self.file, "quantization": quantization}
         return Quantised(self.format, tuple(names), file, {**self.config, _IGNORED: names})
 
+    def stored_keys(self, shape: ParentShape) -> tuple[tuple[int, TensorLayout, int | None], ...]:
+        """(layer, layout, expert) of every weight of a model of this shape that is stored in the format."""
+        return _stored_keys(self, shape)
+
     @cached_property
     def _excluded(self) -> re.Pattern[str]:
         return re.compile("|".join(translate(p) for p in self.patterns) or r"(?!)")
+
+
+@lru_cache(maxsize=8)
+def _stored_keys(
+    quantised: Quantised, shape: ParentShape
+) -> tuple[tuple[int, TensorLayout, int | None], ...]:
+    sizes = parent_fields(shape)
+    return tuple(
+        (layer, layout, expert)
+        for layer, symbol in enumerate(shape.hybrid_layer_pattern)
+        for layout in tensors_of(symbol, sizes)
+        for expert in (range(shape.num_moe_experts) if layout.per_expert else (None,))
+        if quantised.stores(layout, layer, expert)
+    )
+
+
+def planned(
+    form: Format,
+    shape: ParentShape,
+    blocks: Container[Block],
+    *,
+    keep_feeding_mamba: bool,
+    keep: Iterable[str] = (),
+    version: str,
+) -> Quantised:
+    """How a model will be stored that is quantised by a recipe: the descriptions of its directory.
+
+    Args:
+        blocks: whose linears are quantised.
+        keep_feeding_mamba: leave alone the Mamba layers that an attention layer follows, as the official Nemotron 3
+            Nano checkpoints do.
+        keep: more modules to leave alone, by Hugging Face name or pattern.
+        version: of ModelOpt, whose layout it is.
+    """
+    pattern, left = shape.hybrid_layer_pattern, set[str]()
+    more = re.compile("|".join(translate(p) for p in keep) or r"(?!)")
+    for layer, layout, modules in _listed(shape):
+        if (
+            layer is None
+            or not quantisable(layout)
+            or block_of(pattern[layer], layout.name) not in blocks
+            or (keep_feeding_mamba and pattern[layer : layer + 2] == "M*")
+            or any(map(more.fullmatch, modules))
+        ):
+            left.update(modules)
+    return described(form, sorted(left), version)
+
+
+def planned_by(wanted: Quantize, shape: ParentShape, version: str = "") -> Quantised:
+    """As ``planned``, by a recipe's section; without ``version`` to count with only.
+
+    Raises ``UserError`` for an entry of ``keep`` that no module of such a model is called.
+    """
+    form = next(form for form in FORMATS.values() if form.name == wanted.format)
+    modules = {module for *_, names in _listed(shape) for module in names} if wanted.keep else set[str]()
+    if unknown := [name for name in wanted.keep if not fnfilter(modules, name)]:
+        rest = ",".join(json.dumps(name) for name in wanted.keep if name not in unknown)
+        raise UserError(
+            f"quantize.keep: {unknown[0]!r} is no linear, convolution or embedding of a model of {shape.num_layers} "
+            f"layers{_meant(unknown[0], modules)}; set quantize.keep=[{rest}]"
+        )
+    feeding, blocks = wanted.keep_feeding_mamba, PRESETS[wanted.preset].blocks
+    return planned(form, shape, blocks, keep_feeding_mamba=feeding, keep=wanted.keep, version=version)
+
+
+def _meant(name: str, modules: set[str]) -> str:
+    """A question after the nearest name; after everything inside, where a name is that of a module around others."""
+    if any(module.startswith(f"{name}.") for module in modules):
+        return f", did you mean '{name}.*'?"
+    return "" if re.search(r"[*?\[]", name) else did_you_mean(name, sorted(modules))
+
+
+def _listed(shape: ParentShape) -> Iterator[tuple[int | None, TensorLayout, list[str]]]:
+    """(layer, layout, modules) of everything that is quantised or listed as left alone; ends have no layer."""
+    sizes = parent_fields(shape)
+    for end in ends(tied=False):
+        if end.role in ("lookup", "matmul"):
+            yield None, end, [module_of(key) for key in hf_keys(end)]
+    for layer, symbol in enumerate(shape.hybrid_layer_pattern):
+        for layout in filter(_weighs, tensors_of(symbol, sizes)):
+            for expert in range(shape.num_moe_experts) if layout.per_expert else (None,):
+                yield layer, layout, [module_of(key) for key in hf_keys(layout, layer, expert)]
+
+
+def _weighs(layout: TensorLayout) -> bool:
+    """Is it the weight of a linear or a convolution, which ModelOpt lists where it is left alone?"""
+    return layout.role == "matmul" or (layout.hf or "").endswith("conv1d.weight")
+
+
+def described(form: Format, modules: Sequence[str], version: str) -> Quantised:
+    """The descriptions that ModelOpt's exporter writes, of a model whose linears are quantised but for ``modules``."""
+    producer = {"name": "modelopt", "version": version}
+    group = {"group_size": form.block} if form.block > 1 else {}
+    numbers = {"dynamic": False, "num_bits": form.bits, "type": "float", **group}
+    quantization = {"quant_algo": form.algo, "kv_cache_quant_algo": None, **group, _EXCLUDED: list(modules)}
+    config = {
+        "config_groups": {"group_0": {"input_activations": numbers, "weights": numbers, "targets": ["Linear"]}},
+        _IGNORED: list(modules), "quant_algo": form.algo, "producer": producer, "quant_method": "modelopt",
+    }  # fmt: skip
+    return Quantised(form, tuple(modules), {"producer": producer, "quantization": quantization}, config)
+
+
+def from_file(file: Mapping[str, Any]) -> Quantised:
+    """The same, from what ``described`` put into ``hf_quant_config.json``. Raises ``KeyError`` for anything else."""
+    stated = file["quantization"]
+    return described(FORMATS[stated["quant_algo"]], stated[_EXCLUDED], file["producer"]["version"])
 
 
 def quantisable(layout: TensorLayout) -> bool:
@@ -149,30 +265,32 @@ def _group_values(entry: Mapping[str, Any], name: str) -> list[Any]:
     return [f[name] for f in found if isinstance(f, dict) and name in f]
 
 
-def stored_bytes(quantised: Quantised, space: ElasticSpace, spec: SubmodelSpec) -> int:
-    """Bytes of a submodel's weights on disk: BF16 and, for the small tensors that exports keep so, FP32 beside."""
+def stored_bytes(quantised: Quantised, space: ElasticSpace, spec: SubmodelSpec, *, rest: int = 2) -> int:
+    """Bytes of a submodel's weights on disk.
+
+    ``rest``: bytes of a number that is left alone; the small tensors that exports keep so are FP32 all the same.
+    """
     sizes = parent_fields(space.parent)
     outer = {**sizes, "hidden_size": spec.get("hidden_size", space.parent.hidden_size)}
-    total = sum(_bytes(quantised, t, outer, None, None) for t in ends(space.parent.tie_embeddings))
+    whole = list(ends(space.parent.tie_embeddings))
     if space.parent.tie_embeddings:
-        total += _bytes(quantised, ends(True)[0], outer, None, None)  # a head of its own, as exports write it
+        whole.append(ends(True)[0])  # a head of its own, as exports write it
+    total = sum(_bytes(quantised, t, outer, rest, quantised.stores(t, None, None)) for t in whole)
+    stored = {(layer, layout.name, expert) for layer, layout, expert in quantised.stored_keys(space.parent)}
     for layer in space.kept_layers(spec):
         own = {**sizes, **space.layer_sizes(spec, layer)}
         for layout in tensors_of(space.parent.hybrid_layer_pattern[layer], own):
             experts = space.kept("num_moe_experts", own["num_moe_experts"]) if layout.per_expert else (None,)
-            total += sum(_bytes(quantised, layout, own, layer, e) for e in experts)
+            counted = Counter((layer, layout.name, expert) in stored for expert in experts)
+            total += sum(n * _bytes(quantised, layout, own, rest, how) for how, n in counted.items())
     return total
 
 
 def _bytes(
-    quantised: Quantised,
-    layout: TensorLayout,
-    sizes: Mapping[str, int],
-    layer: int | None,
-    expert: int | None,
+    quantised: Quantised, layout: TensorLayout, sizes: Mapping[str, int], rest: int, stored: bool
 ) -> int:
-    if not quantised.stores(layout, layer, expert):
-        return (4 if exported_fp32(layout) else 2) * layout.numel(sizes)
+    if not stored:
+        return (4 if exported_fp32(layout) else rest) * layout.numel(sizes)
     # rows of one linear are spread over as many tensors as it has names, each with scalars of its own
     rows, columns = layout.shape(sizes)
     more = len(hf_keys(layout)) - 1

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..space import Budget, ElasticSpace, ParentShape, SubmodelSpec
+from .hf_quantised import Quantised, from_file
 from .json_files import read_object
 
 FILE = "elastic.json"
@@ -27,6 +28,8 @@ class Manifest:
         ranking: digest of the ranking that sorted the weights; ``None`` for unsorted ones.
         hf_config: the parent's ``config.json``, from which exports are derived.
         versions: package versions that wrote the file.
+        quantised: how the weights will be stored that training rounds already; ``None`` where they are what they are.
+            Only in ``elastic.json``: directories say it in ``hf_quant_config.json``.
     """
 
     shape: ParentShape
@@ -36,6 +39,7 @@ class Manifest:
     ranking: str | None = None
     hf_config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    quantised: Quantised | None = None
 
     def submodel(self, name: str) -> SubmodelSpec:
         """A submodel by name. Raises ``UserError`` listing the known names."""
@@ -54,6 +58,7 @@ class Manifest:
             "ranking": self.ranking,
             "hf_config": dict(self.hf_config),
             "versions": dict(self.versions),
+            **({"quantised": dict(self.quantised.file)} if self.quantised is not None else {}),
         }
 
     @classmethod
@@ -75,6 +80,7 @@ class Manifest:
                 ranking=data["ranking"],
                 hf_config=data["hf_config"],
                 versions=data["versions"],
+                quantised=from_file(data["quantised"]) if "quantised" in data else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as e:
             what = e if isinstance(e, UserError) else f"{type(e).__name__}: {e}"

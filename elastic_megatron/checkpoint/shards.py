@@ -31,6 +31,7 @@ class Shard:
         layer, expert: whose tensor it is, numbered in the whole model.
         dim: the dimension that ranks share, ``None`` where this rank holds all of it.
         group: those ranks.
+        module: path of the module that holds it, inside the chunk.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Shard:
     expert: int | None
     dim: int | None
     group: Any
+    module: str
 
     def part_of(self, whole: Tensor) -> Tensor:
         """This rank's part of a whole tensor."""
@@ -79,6 +81,7 @@ def shards(chunk: Any, parent: ParentShape) -> Iterator[Shard]:
     }
     embedding, *_ = ends(parent.tie_embeddings)
     for local, tensor in weights(chunk.state_dict()).items():
+        module = local.rpartition(".")[0]
         if parent.tie_embeddings and local == "output_layer.weight":
             local = embedding.name  # the last pipeline stage has a copy of its own
         for prefix, number in numbers.items():
@@ -97,7 +100,7 @@ def shards(chunk: Any, parent: ParentShape) -> Iterator[Shard]:
             f"{local} has shape {tuple(tensor.shape)}, {group.size()} ranks share {shape}"
         )
         name = name if layer is None else f"decoder.layers.{layer}.{name}"
-        yield Shard(name, tensor, layout, sizes, layer, expert, dim, group)
+        yield Shard(name, tensor, layout, sizes, layer, expert, dim, group, module)
 
 
 def by_name(chunks: Sequence[Any], parent: ParentShape) -> dict[str, list[Shard]]:

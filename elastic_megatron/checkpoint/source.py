@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
 from ..errors import UserError
 from . import distributed, integrity, shards, tracker
+from .amax import amax_of
 from .dequantised import dequantised
 from .foreign import foreign_folder, foreign_manifest
 from .hf_read import read_hf, side_files
 from .manifest import FILE, Manifest
+from .packed import packed
 from .resolve import CONFIG
+from .served import Inputs, inputs_of, inputs_of_training, round_weights
 from .stored import StoredModel
 from .torch_dist import open_torch_dist
 
@@ -23,13 +27,26 @@ from .torch_dist import open_torch_dist
 class Source:
     """A model to be read: its description, and how to fill a built one of ``manifest.shape``.
 
-    ``fill`` takes this rank's pipeline chunks, bare, under any layout, and is collective.
+    ``fill`` takes this rank's pipeline chunks, bare, under any layout, and is collective. Of a quantised model it gives
+    the numbers that the weights stand for, and ``manifest`` is that of a model of these numbers; what they are
+    multiplied with is rounded inside ``served`` only.
+
+    Args:
+        inputs: what inputs are rounded with when it is served; ``None`` where they are not.
     """
 
     path: Path
     manifest: Manifest
     fill: Callable[[Sequence[nn.Module]], object]
     hf_files: Path | None
+    inputs: Inputs | None = None
+
+    def served(self, chunks: Sequence[nn.Module]) -> AbstractContextManager[None]:
+        """Inside, filled chunks compute what kernels will of the files: inputs of quantised linears are rounded too.
+
+        The linears must be apart from norms, as in ``runtime.hybrid_stack_spec("local")``.
+        """
+        return nullcontext() if self.inputs is None else self.inputs.rounded(chunks, self.manifest.shape)
 
 
 def open_source(path: Path) -> Source:
@@ -40,16 +57,32 @@ def open_source(path: Path) -> Source:
     if tracker.is_checkpoint(path):
         folder = tracker.resolve(path)
         manifest = Manifest.read(folder / FILE)
+        if manifest.quantised is not None:
+            return _quantised(folder, manifest)
         return Source(folder, manifest, lambda chunks: distributed.load(folder, chunks), _side(folder))
     if is_hf(path):
-        stored = dequantised(read_hf(path))
+        directory = read_hf(path)
+        stored = dequantised(directory)
 
         def fill(chunks: Sequence[nn.Module]) -> None:
             parts = shards.by_name(chunks, stored.manifest.shape)
             shards.fill(parts, stored.state(parts))
 
-        return Source(path, stored.manifest, fill, path)
+        return Source(path, stored.manifest, fill, path, inputs_of(directory))
     raise nowhere(path)
+
+
+def _quantised(folder: Path, manifest: Manifest) -> Source:
+    """Weights that training rounds at every step, rounded."""
+    assert manifest.quantised is not None
+    amax = amax_of(folder, manifest)
+
+    def fill(chunks: Sequence[nn.Module]) -> None:
+        distributed.load(folder, chunks)
+        round_weights(chunks, folder, manifest, amax)
+
+    inputs = inputs_of_training(manifest.quantised.format, amax)
+    return Source(folder, replace(manifest, quantised=None), fill, _side(folder), inputs)
 
 
 def open_stored(path: Path, config: Path | None = None) -> StoredModel:
@@ -59,7 +92,8 @@ def open_stored(path: Path, config: Path | None = None) -> StoredModel:
         config: the Hugging Face directory that a checkpoint of another program came from: its sizes, where the
             checkpoint does not say them, and the tokenizer and config that an export takes along.
 
-    A quantised directory is opened as it lies there: ``dequantised`` of it has the numbers.
+    A quantised directory is opened as it lies there: ``dequantised`` of it has the numbers. A checkpoint of a quantised
+    model is opened as what will be stored of it.
 
     Raises ``UserError`` where it is none of them, or a header is damaged; sizes of files are compared with
     ``integrity.json`` where there is one, their bytes are not.
@@ -73,7 +107,9 @@ def open_stored(path: Path, config: Path | None = None) -> StoredModel:
         folder = tracker.resolve(path)
         manifest = Manifest.read(folder / FILE)
         integrity.verify_sizes(folder)
-        return open_torch_dist(folder, manifest, side or _side(folder))
+        stored = open_torch_dist(folder, manifest, side or _side(folder))
+        quantised = manifest.quantised
+        return stored if quantised is None else packed(stored, quantised, amax_of(folder, manifest))
     if is_hf(path):
         return read_hf(path)
     raise nowhere(path)

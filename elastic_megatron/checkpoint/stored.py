@@ -111,6 +111,11 @@ def as_stored(tensor: ModelTensor, quantised: Quantised | None) -> tuple[ModelTe
     return tuple(replace(tensor, part=part) for part in quantised.format.parts)
 
 
+def quantised_weights(shape: ParentShape, quantised: Quantised) -> dict[str, ModelTensor]:
+    """The tensors of a model that are stored in parts, by name."""
+    return {t.name: t for t in model_tensors(shape) if quantised.stores(t.layout, t.layer, t.expert)}
+
+
 def stored_shapes(
     tensors: Iterable[ModelTensor], pieces: Callable[[ModelTensor], tuple[Piece, ...]]
 ) -> dict[str, tuple[int, ...]]:

@@ -58,7 +58,7 @@ def is_checkpoint(path: Path) -> bool:
 def complete(directory: Path) -> list[Path]:
     """Complete ``iter_*`` folders, oldest first."""
     folders = [p for p in directory.glob("iter_*") if _ITERATION.fullmatch(p.name) and (p / FILE).exists()]
-    return sorted(folders, key=_iteration)
+    return sorted(folders, key=iteration)
 
 
 def folder(directory: Path, iteration: int) -> Path:
@@ -99,14 +99,15 @@ def prune(directory: Path, keep_last: int) -> None:
     Later ones are left alone: they belong to a run that was set back to an older iteration.
     """
     named = newest(directory)
-    past = [p for p in complete(directory) if named and _iteration(p) <= _iteration(named)]
+    past = [p for p in complete(directory) if named and iteration(p) <= iteration(named)]
     for old in past[:-keep_last] if keep_last else []:
         dying = _hidden(old, "incomplete")  # half removed, it must not look complete
         old.rename(dying)
         shutil.rmtree(dying)
 
 
-def _iteration(path: Path) -> int:
+def iteration(path: Path) -> int:
+    """The number of an ``iter_*`` folder."""
     return int(path.name.split("_")[1].split(".")[0])
 
 

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..checkpoint.source import Source
+    from ..checkpoint.stored import StoredModel
+
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -30,7 +38,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     for name, r in results.items():
         print(
             f"{name:>12}  loss {r['loss']:.4f} nats/token  {r['tokens']} tokens  "
-            f"{r['total_params']:,} parameters, {r['active_params']:,} active"
+            f"{r['total_params']:,} parameters, {r['active_params']:,} active, "
+            f"{r['weights']} weights of {r['weights_bytes'] / 2**30:.3g} GiB"
         )
     return None
 
@@ -38,53 +47,67 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 def evaluate_source(
     source: Path, text: Path, seq_length: int, submodel: str = "all"
 ) -> dict[str, dict[str, Any]]:
-    """``{name: {"loss" (nats per token), "tokens", "total_params", "active_params"}}``.
+    """Loss and size of the submodels as they will be served: of a quantised model, inputs of linears are rounded too.
 
     The text is tokenised whole without special tokens, cut into consecutive windows of ``seq_length`` and
-    scored on positions 2..n of each. Raises ``UserError`` for a missing text, tokenizer or submodel.
+    scored on positions 2..n of each.
+
+    Returns:
+        ``{name: {"loss" (nats per token), "tokens", "total_params", "active_params", "weights", "weights_bytes"}}``:
+        the format or dtype of the weights, and their bytes in a directory of the submodel alone.
+
+    Raises ``UserError`` for a missing text, tokenizer or submodel.
     """
-    from .. import runtime
-    from ..blocks import build_elastic_model, build_model
-    from ..checkpoint.source import open_source
+    from ..checkpoint.source import open_source, open_stored
     from ..cost import account
-    from ..data.blend import windows
-    from ..data.tokenizer import encode, load_tokenizer
+    from ..serving.model import build_served, space_of
     from ..training.evaluate import evaluate
 
     opened = open_source(source)
-    manifest = opened.manifest
+    manifest, space = opened.manifest, space_of(opened.manifest)
+    windows = _windows(opened, text, seq_length)
+    if submodel != "all" and space is None and submodel != "parent":
+        manifest.submodel(submodel)
+    names = [*manifest.submodels] if submodel == "all" else [submodel]
+    chosen = {} if space is None else {name: manifest.submodel(name) for name in names}
+    model = build_served(opened)
+    with opened.served([model]):
+        results = evaluate([model], space, chosen, windows)
+    stored = open_stored(source)
+    out: dict[str, dict[str, Any]] = {}
+    for name, result in results.items():
+        cost = account(manifest.shape) if space is None else account(space, chosen[name])
+        params = {"total_params": cost.total_params, "active_params": cost.active_params}
+        out[name] = {**result, **params, **_stored(stored, None if space is None else name)}
+    return out
+
+
+def _windows(opened: Source, text: Path, seq_length: int) -> list[Tensor]:
+    """The text in tokens of the model."""
+    from ..data.blend import windows
+    from ..data.tokenizer import encode, load_tokenizer
+
     if opened.hf_files is None:
-        raise UserError(f"{source} carries no tokenizer; export it with a model that has one")
-    token_windows = list(windows(encode(load_tokenizer(opened.hf_files), _read(text)), seq_length))
-    if not token_windows:
+        raise UserError(f"{opened.path} carries no tokenizer; export it with a model that has one")
+    found = list(windows(encode(load_tokenizer(opened.hf_files), _read(text)), seq_length))
+    if not found:
         raise UserError(f"{text} has fewer than 2 tokens; give a longer text")
-    largest = max(int(w.max()) for w in token_windows)
-    if largest >= manifest.shape.vocab_size:
+    largest, size = max(int(w.max()) for w in found), opened.manifest.shape.vocab_size
+    if largest >= size:
         raise UserError(
             f"the tokenizer in {opened.hf_files} gives token {largest}, but the model's vocabulary has "
-            f"{manifest.shape.vocab_size}; put the tokenizer of the model there"
+            f"{size}; put the tokenizer of the model there"
         )
-    elastic = manifest.space is not None and manifest.submodels
-    if submodel != "all" and not elastic and submodel != "parent":
-        manifest.submodel(submodel)
-    runtime.start()
-    if not elastic:
-        chunks = [build_model(manifest.shape)]
-        opened.fill(chunks)
-        costs = {"parent": account(manifest.shape)}
-        results = evaluate(chunks, None, {}, token_windows)
-    else:
-        assert manifest.space is not None
-        names = list(manifest.submodels) if submodel == "all" else [submodel]
-        chosen = {n: manifest.submodel(n) for n in names}
-        chunks = [build_elastic_model(manifest.space)]
-        opened.fill(chunks)
-        costs = {n: account(manifest.space, s) for n, s in chosen.items()}
-        results = evaluate(chunks, manifest.space, chosen, token_windows)
-    return {
-        n: {**r, "total_params": costs[n].total_params, "active_params": costs[n].active_params}
-        for n, r in results.items()
-    }
+    return found
+
+
+def _stored(stored: StoredModel, submodel: str | None) -> dict[str, Any]:
+    """Format or dtype of the weights of a submodel, and their bytes in a directory of its own."""
+    from ..conversion import weights_bytes
+
+    dtype = str(stored.dtype(next(iter(stored.tensors.values())))).removeprefix("torch.")
+    weights = _DTYPES[dtype] if stored.quantised is None else stored.quantised.format.name
+    return {"weights": weights, "weights_bytes": weights_bytes(stored, submodel)}
 
 
 def _read(path: Path) -> str:

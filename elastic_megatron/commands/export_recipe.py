@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..recipe.deploy import RECORD
 
 if TYPE_CHECKING:
     from ..conversion import Report, Request
     from ..conversion.copy import Progress
     from ..recipe import Recipe
-
-RECORD = "exports.json"
 
 
 @dataclass(frozen=True)

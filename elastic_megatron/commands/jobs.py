@@ -121,9 +121,11 @@ def _show(record: Record, found: list[JobState]) -> None:
 
 
 def _logs(args: argparse.Namespace) -> None:
+    from ..slurm.script import log_dir
+
     record = _found(args, [args.job] if args.job else [])
     name = args.job or _most_recent(record)
-    logs = record.run_dir / "jobs" / name / "logs"
+    logs = log_dir(record.run_dir, name)
     path = logs / (f"attempt_{args.attempt}.log" if args.attempt else "latest")
     if not path.exists():
         have = sorted(p.name for p in logs.glob("attempt_*.log")) if logs.exists() else []
@@ -139,7 +141,9 @@ def _logs(args: argparse.Namespace) -> None:
 
 def _most_recent(record: Record) -> str:
     """The job whose log grew last."""
-    logs = {name: record.run_dir / "jobs" / name / "logs" / "latest" for name in record.jobs}
+    from ..slurm.script import log_dir
+
+    logs = {name: log_dir(record.run_dir, name) / "latest" for name in record.jobs}
     started = [name for name, path in logs.items() if path.exists()]
     if not started:
         raise UserError(

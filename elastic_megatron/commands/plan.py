@@ -28,8 +28,9 @@ RECIPE and CHAIN are YAML files. HF_DIR is a directory with a config.json (or th
 elastic_config.json too, its submodels are listed. A recipe's submodels are the router's to choose, so before
 training the smallest and the full one are shown instead. Of a chain the last job that trains a family is shown.
 
-Of a quantised HF_DIR the size of its own files is shown too, which depends on what it leaves unquantised: with
---json, `stored_format` and, of each size, `stored_bytes`; `unread` says why it could not be told.
+Of a quantised HF_DIR, and of a recipe with a section `quantize`, the size of the files is shown too, which depends on
+what stays as it is: with --json, `stored_format`, `left_alone` (layers by kind) and, of each size, `stored_bytes`;
+`unread` says why it could not be told.
 
 With --json, `jobs` holds per job: job, ranks, steps, tokens, flops, gpu_hours and hours (null unless the cluster
 file names a GPU), slurm_jobs (how often the time limit is reached), memory_per_rank, memory_limit (bytes of the GPU),
@@ -76,8 +77,8 @@ class Subject:
     """What is planned: a model, its family, and the jobs that it is to run in.
 
     ``load`` is the most that a rank computes at a time, and ``load_name`` what that is; ``jobs`` has a chain of one job
-    for a recipe, ``None`` for a model directory. ``quantised`` is how the weights of such a directory are stored,
-    ``unread`` why that cannot be read.
+    for a recipe, ``None`` for a model directory. ``quantised`` is how the weights of such a directory are stored, or
+    will be by a recipe; ``unread`` why that cannot be read.
     """
 
     name: str
@@ -163,6 +164,7 @@ def _of_chain(chain: JobChain, context: int) -> Subject:
 
     families, job = Families(chain), _main(chain)
     parent = families.of(job).parent
+    stored = [families.of(each).result.quantised for each in chain.jobs if each.recipe.job != "export"]
     load_name, load = fullest_load(chain, job, families.of(job))
     return Subject(
         job.recipe.name if len(chain.jobs) == 1 else chain.name,
@@ -174,6 +176,7 @@ def _of_chain(chain: JobChain, context: int) -> Subject:
         load_name,
         context,
         (chain, families),
+        next((each for each in reversed(stored) if each is not None), parent.quantised),
     )
 
 
@@ -205,7 +208,12 @@ def plan(subject: Subject) -> dict[str, Any]:
         "jobs": {},
     }
     if subject.quantised is not None:
+        from ..checkpoint.quantised_layers import left_alone
+
         out["stored_format"] = subject.quantised.format.name
+        out["left_alone"] = left_alone(subject.quantised, shape)
+        out["family_bytes"]["stored"] = parent["stored_bytes"]
+        separate["stored"] = sum(s["stored_bytes"] for s in submodels.values())
     if subject.unread is not None:
         out["unread"] = subject.unread
     if subject.jobs is not None:

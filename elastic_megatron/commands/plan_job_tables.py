@@ -12,7 +12,7 @@ from ..recipe.cluster import Cluster
 from ..report import format as say
 from .plan_format import empty_table, in_bytes
 
-_PARTS = ("weights", "gradients", "optimizer", "teacher", "activations", "logits", "total")
+_PARTS = ("weights", "gradients", "optimizer", "teacher", "rounded", "activations", "logits", "total")
 
 
 def show_jobs(console: Console, cluster: Cluster, jobs: dict[str, dict[str, Any]]) -> None:
@@ -37,8 +37,8 @@ def _work_table(cluster: Cluster, jobs: dict[str, dict[str, Any]]) -> Table:
     ]
     table = empty_table("jobs", "job", headings)
     table.caption = (
-        "FLOPs: 3 forward passes of the whole student (4 with recomputation) and 1 of the teacher; disk: what is there "
-        "at a time"
+        "FLOPs: 3 forward passes of the whole student (4 with recomputation) and 1 of the teacher, and to quantise 1 "
+        "for each submodel; disk: what is there at a time"
     )
     if timed:
         assert cluster.card is not None

@@ -15,6 +15,9 @@ from .plan_format import empty_table, in_bytes, tokens
 if TYPE_CHECKING:
     from .plan import Subject
 
+_KINDS = {
+    "attention": "attention", "mamba": "Mamba", "mlp": "FFN", "experts": "experts", "shared_experts": "shared experts",
+}  # fmt: skip
 _METRICS = {
     "active_params": "active params",
     "total_params": "params",
@@ -27,6 +30,8 @@ def show(subject: Subject, plan: dict[str, Any]) -> None:
     """Print the tables of a plan to stdout."""
     console = Console()
     console.print(_size_table(subject, plan))
+    if subject.quantised is not None:
+        console.print(_left_alone_line(subject, plan), highlight=False, soft_wrap=True)
     if subject.unread is not None:
         console.print(f"[yellow]{escape(subject.unread)}", highlight=False, soft_wrap=True)
     console.print(_cache_table(subject, plan))
@@ -51,9 +56,10 @@ def _size_table(subject: Subject, plan: dict[str, Any]) -> Table:
     shape, parent = subject.manifest.shape, plan["parent"]
     kinds = [f"{len(shape.layers_of(s))} {name}" for s, name in say.LAYER_NAMES.items() if shape.layers_of(s)]
     title = f"{subject.name}: {shape.num_layers} layers ({', '.join(kinds)})"
-    columns = ["params", "active", "GFLOPs", "BF16", "FP8", "NVFP4"]
-    stored = ["stored"] if subject.quantised is not None else []
-    table = empty_table(title, "size", columns + stored)
+    formats = ("bf16", "fp8", "nvfp4") if subject.quantised is None else ("bf16",)
+    stored = [] if subject.quantised is None else ["stored"]
+    columns = ["params", "active", "GFLOPs", *(name.upper() for name in formats), *stored]
+    table = empty_table(title, "size", columns)
     table.caption = (
         f"{parent['total_params']:,} parameters, {parent['active_params']:,} active; GFLOPs of one token in a "
         f"sequence of {subject.context:,}"
@@ -64,13 +70,11 @@ def _size_table(subject: Subject, plan: dict[str, Any]) -> Table:
             say.count(cost["total_params"]),
             say.count(cost["active_params"]),
             say.significant(cost["flops_per_token"] / 1e9),
-            *(in_bytes(cost["weights_bytes"][f]) for f in ("bf16", "fp8", "nvfp4")),
+            *(in_bytes(cost["weights_bytes"][f]) for f in formats),
             *(in_bytes(cost["stored_bytes"]) for _ in stored),
         )
     if subject.quantised is not None:
-        table.caption += (
-            f"; stored: {subject.quantised.format.algo} with the modules this directory leaves alone"
-        )
+        table.caption += f"; stored: {subject.quantised.format.algo} but for what is left alone"
     return table
 
 
@@ -108,10 +112,24 @@ def _width_table(subject: Subject) -> Table:
 def _family_line(subject: Subject, plan: dict[str, Any]) -> str:
     family = plan["family_bytes"]
     which = "all of them" if subject.trained else "full and smallest"
-    return (
+    lines = [
         f"one nested checkpoint: {in_bytes(family['bf16'])} in BF16; as separate files, {which} would take "
-        f"{in_bytes(family['separate']['bf16'])}\n"
-    )
+        f"{in_bytes(family['separate']['bf16'])}"
+    ]
+    if subject.quantised is not None:
+        lines.append(
+            f"quantised to {subject.quantised.format.algo}: {in_bytes(family['stored'])}; as separate files, {which} "
+            f"would take {in_bytes(family['separate']['stored'])}"
+        )
+    return "\n".join([*lines, ""])
+
+
+def _left_alone_line(subject: Subject, plan: dict[str, Any]) -> str:
+    """What is not quantised: layers by their numbers, counted from 0, and what never is."""
+    found, shape = plan["left_alone"], subject.manifest.shape
+    parts = [f"{title} {', '.join(map(str, found[kind]))}" for kind, title in _KINDS.items() if kind in found]
+    parts += ["embeddings", "lm_head", "norms", *(["convolutions"] if shape.layers_of("M") else [])]
+    return f"BF16: {'; '.join(parts)}{'; FP32: moe_router' if shape.layers_of('E') else ''}\n"
 
 
 def _budget_table(plan: dict[str, Any]) -> Table:

@@ -40,6 +40,7 @@ def _show(args: argparse.Namespace) -> dict[str, Any] | None:
     if opened is not None and kind_of(opened.root) is Cluster:
         return _show_cluster(args)
     chain = load_jobs(args.recipe, args.overrides)
+    _refuse_torn(chain)
     if is_chain(args.recipe):
         return _resolved(chain) if args.json else print(describe_chain(chain))
     # as `train` reads it: the number of ranks follows from the cluster file and is not written into the recipe
@@ -49,6 +50,16 @@ def _show(args: argparse.Namespace) -> dict[str, Any] | None:
         return recipe.model_dump(mode="json")
     print(describe(recipe, chain.jobs[0] if chain.cluster_file is not None else None))
     return None
+
+
+def _refuse_torn(chain: JobChain) -> None:
+    """Raise ``UserError`` for what quantisation cannot do with a model that can be read."""
+    if all(job.recipe.quantize is None for job in chain.jobs):
+        return
+    from ..preflight.blocks import refused_at_once
+
+    if lines := refused_at_once(chain):
+        raise UserError("\n".join(lines))
 
 
 def _show_cluster(args: argparse.Namespace) -> dict[str, Any] | None:

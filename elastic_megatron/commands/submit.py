@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -59,6 +58,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     _report(findings, args.force)
     if not scheduler.available():
         raise UserError("sbatch is not installed here; submit on a login node, or look at it with --dry-run")
+    from ..recipe.jobs import shown_path
     from ..slurm.submission import submit
 
     command = ["elastic-megatron", "submit", str(args.recipe), *args.overrides]
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     for job in chain.jobs:
         ids = ", ".join(map(str, queued.get(job.name, ())))
         print(f"{job.name}: {f'job {ids}' if ids else 'succeeded before'}")
-    print(f"watch with: elastic-megatron status {shlex.quote(_shown(chain.run_dir))}")
+    print(f"watch with: elastic-megatron status {shlex.quote(shown_path(chain.run_dir))}")
     return None
 
 
@@ -120,8 +120,3 @@ def _refusals(chain: JobChain, files: dict[Path, str]) -> dict[str, str]:
 
     asked = {job.name: scheduler.refusal(files[script_path(chain.run_dir, job.name)]) for job in chain.jobs}
     return {name: text for name, text in asked.items() if text}
-
-
-def _shown(path: Path) -> str:
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative

@@ -40,8 +40,19 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     if args.json:
         return {"checkpoint": str(outcome.checkpoint), "step": outcome.step}
     show_router(recipe.run_dir)
+    show_quantized(recipe.run_dir)
     print(f"trained {outcome.step} steps; checkpoint in {outcome.checkpoint}")
     return None
+
+
+def show_quantized(run_dir: Path) -> None:
+    """Print what rounding cost and what distillation won back, where the run quantises."""
+    from rich.console import Console
+
+    from ..report.console import quantized_table
+
+    if (table := quantized_table(run_dir)) is not None:
+        Console(stderr=True).print(table)
 
 
 def show_router(run_dir: Path) -> None:

@@ -66,15 +66,15 @@ def cut_model(
 
     Args:
         plain_order: undo the lanes, so that components lie by plain decreasing importance.
-        dtype: of the weights; ``None`` keeps each tensor's own. The small tensors that the fact table marks fp32
-            (A_log, D, router and its bias), and dt_bias, are fp32 in any case where ``dtype`` is given.
+        dtype: of the weights that are not quantised; ``None`` keeps each tensor's own. The small tensors that the
+            fact table marks fp32 (A_log, D, router and its bias), and dt_bias, are fp32 in any case where ``dtype``
+            is given.
 
     A quantised model is cut as it is stored: rows and whole blocks of columns of every part, numbers as they are. A
     submodel has then the values that the same columns have in the source.
 
     Raises ``UserError`` for an unknown submodel, and for one that keeps parts of blocks.
     """
-    assert dtype is None or source.quantised is None, "quantised weights have the dtypes of their format"
     manifest = source.manifest
     space, spec = _space(manifest, submodel)
     shape, layer_sizes = space.widest_shape(spec), _layer_sizes(space, spec)
@@ -93,7 +93,8 @@ def cut_model(
             form = source.quantised.format if source.quantised and part.part else None
             rows, columns = positions.of_tensor(part, widths, form)
             own = replace(target, part=part.part)
-            cuts.append(Cut(own, part, rows, columns, _dtype(target.layout, dtype) or source.dtype(part)))
+            wanted = _dtype(target.layout, dtype) if part.part is None else None
+            cuts.append(Cut(own, part, rows, columns, wanted or source.dtype(part)))
     return Model(shape, layer_sizes, cuts)
 
 

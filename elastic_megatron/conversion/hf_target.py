@@ -70,7 +70,7 @@ def to_hf(
     no directory of these names; what a killed conversion left is removed by the next one.
 
     Args:
-        dtype: of the weights, as in ``cut_model``; ``None`` keeps each tensor's own.
+        dtype: of the weights that are not quantised, as in ``cut_model``; ``None`` keeps each tensor's own.
         max_shard_bytes: of a safetensors file.
         verify: read everything back and compare it with the source before the directories get their names.
         trust: do not compare the source's files with their digests, where it has any.
@@ -79,10 +79,6 @@ def to_hf(
     Raises ``UserError`` where a destination holds something or the disk is too small, for an unknown submodel or
     one that ``nemotron_h`` cannot state, for an elastic export of a model that is not, for a damaged source.
     """
-    if dtype is not None and source.quantised is not None:
-        raise UserError(
-            f"{source.path} is quantised to {source.quantised.format.algo}, whose dtypes are fixed; leave out --dtype"
-        )
     plans = [_plan(source, request, dtype) for request in requests]
     check_space({p.request.directory: sum(map(nbytes, p.entries.values())) for p in plans})
     with write_errors(requests[0].directory.parent), ExitStack() as stack:
@@ -106,6 +102,14 @@ def to_hf(
         bytes_written=sum(nbytes(e) for p in plans for e in p.entries.values()),
         verified=verify,
     )
+
+
+def weights_bytes(source: StoredModel, submodel: str | None = None) -> int:
+    """Bytes of the weights of a submodel (the whole by default) in a directory of its own.
+
+    Raises ``UserError`` as ``cut_model``.
+    """
+    return sum(map(nbytes, _entries(source, cut_model(source, submodel)).values()))
 
 
 @dataclass(frozen=True)
@@ -194,10 +198,9 @@ def _entries(source: StoredModel, model: Model) -> dict[str, Entry]:
     shapes = stored_shapes(model.tensors, hf_pieces)
     entries = {key: Entry(shape, dtypes[key]) for key, shape in shapes.items()}
     for cut in model.cuts:
-        if (
-            cut.target.part is not None and not cut.target.part.columns
-        ):  # a number: [] and [1] are both in use
-            for ours, theirs in zip(hf_pieces(cut.target), hf_pieces(cut.source), strict=True):
+        part = cut.target.part
+        if part is not None and not part.columns:  # a number: [] and [1] are both in use
+            for ours, theirs in zip(hf_pieces(cut.target), source.pieces(cut.source), strict=True):
                 entries[ours.key] = source.files.entries[theirs.key]
     if model.shape.tie_embeddings:
         entries[HEAD] = entries[EMBEDDING]

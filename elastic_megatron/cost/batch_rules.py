@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from math import lcm
 
+from ..space import replicas_per_draw
 from .layout_rules import Problem, lower, near
-from .parallel import Batch, Layout, replicas_per_draw
+from .parallel import Batch, Layout
 from .setting import Change, Setting
 
 
@@ -20,7 +21,7 @@ def _sequences(setting: Setting) -> Iterator[Problem]:
     cut = sequence_cut(setting.parallel)
     fed = [(f"stage {s.name}", f"stages.{i}", s.seq_length) for i, s in enumerate(setting.stages)]
     if setting.calibration is not None:
-        fed.append(("rank", "rank", setting.calibration.seq_length))
+        fed.append((setting.section, setting.section, setting.calibration.seq_length))
     for what, key, length in fed:
         if length % cut:
             text = (
@@ -78,7 +79,8 @@ def _smaller(prefix: str, micro_batch: int) -> list[Change]:
 
 def _draws(setting: Setting) -> Iterator[Problem]:
     """Ranks that share experts train one submodel at a time (``recipe.checks.draw_problem`` says why)."""
-    together = replicas_per_draw(setting.parallel)
+    parallel = setting.parallel
+    together = replicas_per_draw(parallel.tensor, parallel.context, parallel.expert_tensor, parallel.expert)
     for index, stage in enumerate(setting.stages if setting.draws else ()):
         if stage.draw_size % (stage.micro_batch_size * together):
             text = (
@@ -89,16 +91,16 @@ def _draws(setting: Setting) -> Iterator[Problem]:
 
 
 def _calibration(setting: Setting) -> Iterator[Problem]:
-    number, rank = replicas(setting), setting.calibration
-    if rank is None or number < 2 or rank.samples % (rank.micro_batch_size * number) == 0:
+    number, fed, section = replicas(setting), setting.calibration, setting.section
+    if fed is None or number < 2 or fed.samples % (fed.micro_batch_size * number) == 0:
         return
-    step = rank.micro_batch_size * number
+    step = fed.micro_batch_size * number
     text = (
-        f"rank: samples={rank.samples} is not a multiple of micro_batch_size {rank.micro_batch_size} x {number} "
+        f"{section}: samples={fed.samples} is not a multiple of micro_batch_size {fed.micro_batch_size} x {number} "
         "data-parallel ranks"
     )
-    samples: list[Change] = [{"rank.samples": n} for n in near(rank.samples, step)]
-    yield Problem(text, (*samples, *_smaller("rank.", rank.micro_batch_size)))
+    samples: list[Change] = [{f"{section}.samples": n} for n in near(fed.samples, step)]
+    yield Problem(text, (*samples, *_smaller(f"{section}.", fed.micro_batch_size)))
 
 
 BATCH_RULES: Sequence[Callable[[Setting], Iterator[Problem]]] = (_sequences, _batches, _draws, _calibration)

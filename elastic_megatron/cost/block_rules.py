@@ -11,42 +11,35 @@ from collections.abc import Iterator
 from itertools import product
 from math import gcd, lcm
 
-from ..space import TensorLayout, tensors_of
+from ..space import AXIS_NAMES, TensorLayout
 from .layout_rules import SHARDED_BY, Problem, other_widths, split_less, widths_of
-from .memory import quantised
 from .parallel import size_of
 from .setting import Change, Setting
-from .sizes import sizes_of_parent
 
 
 def whole_blocks(setting: Setting) -> Iterator[Problem]:
     """A problem for each axis with a width that leaves a rank, or a lane, part of a block."""
     if setting.blocks == 1:
         return
-    for factors in dict.fromkeys(_inputs(t) for t in quantised_tensors(setting)):
+    for factors in dict.fromkeys(_inputs(t) for t in setting.quantised):
         inner = (1,)
         for axis in reversed(factors):
             found = list(_of_axis(setting, axis, inner))
             yield from found
             if found:
                 break
-            inner = tuple({n * w for n in inner for w in widths_of(setting, axis)})
-
-
-def quantised_tensors(setting: Setting) -> Iterator[TensorLayout]:
-    """The weights that are quantised, those of one layer of each kind."""
-    seen = set[str]()
-    for group in sizes_of_parent(setting.shape).groups:
-        for tensor in tensors_of(group.symbol, group.sizes):
-            if quantised(group, tensor) and tensor.name not in seen:
-                seen.add(tensor.name)
-                yield tensor
+            inner = tuple({n * w for n in inner for w in _sizes(setting, axis)})
 
 
 def _inputs(tensor: TensorLayout) -> tuple[str, ...]:
     """The axes whose product is the number of input columns, outermost first."""
     (segment,) = tensor.dims[1]
     return tuple(f for f in segment.factors if isinstance(f, str))
+
+
+def _sizes(setting: Setting, factor: str) -> tuple[int, ...]:
+    """Every width of a factor, which is an axis or, as ``kv_channels`` is, a size that nothing changes."""
+    return widths_of(setting, factor) if factor in AXIS_NAMES else (getattr(setting.shape, factor),)
 
 
 def parts(setting: Setting, axis: str) -> int:
@@ -58,7 +51,7 @@ def parts(setting: Setting, axis: str) -> int:
 
 def _of_axis(setting: Setting, axis: str, inner: tuple[int, ...]) -> Iterator[Problem]:
     """``inner``: the columns that one component of the axis stands for, in each submodel."""
-    if axis == "mamba_head_dim" and len(widths_of(setting, axis)) == 1:
+    if axis not in AXIS_NAMES or (axis == "mamba_head_dim" and len(widths_of(setting, axis)) == 1):
         return  # a head's columns stay together
     block, split = setting.blocks, parts(setting, axis)
     for width, columns in product(widths_of(setting, axis), inner):
@@ -72,5 +65,6 @@ def _of_axis(setting: Setting, axis: str, inner: tuple[int, ...]) -> Iterator[Pr
         )
         ranks = split_less(setting, SHARDED_BY[axis]) if axis in SHARDED_BY else []
         fp8: list[Change] = [{"quantize.format": "fp8"}]
-        yield Problem(text, (*other_widths(setting, axis, step), *ranks, *fp8))
+        otherwise = f"train with such space.choices.{axis}" if setting.frozen else ""
+        yield Problem(text, (*other_widths(setting, axis, step), *ranks, *fp8), otherwise)
         return

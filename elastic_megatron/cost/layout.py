@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ..space import ElasticSpace, ParentShape
 from .batch_rules import sequence_cut
-from .layout_rules import SHARDED_BY
 from .parallel import Batch, Layout
-from .rank_memory import memory_per_rank
 from .remedy import described, problems_of
 from .setting import Setting
 
-__all__ = ["SHARDED_BY", "check_layout", "check_sequence", "check_setting", "memory_per_rank"]
-
 
 def check_layout(
-    shape: ParentShape, space: ElasticSpace | None, parallel: Layout, stages: Sequence[Batch] = ()
+    shape: ParentShape,
+    space: ElasticSpace | None,
+    parallel: Layout,
+    stages: Sequence[Batch] = (),
+    **rest: Any,
 ) -> list[str]:
     """Everything that Megatron would refuse, or get wrong, once the job runs (``layout_rules``); one line each.
 
+    ``rest`` is whatever else a ``Setting`` may hold.
+
     A line ends with what to do: ``...; set KEY=VALUE``, a change that was tried. Empty where the layout fits.
     """
-    return check_setting(Setting.of(shape, space, parallel, stages))
+    return check_setting(Setting.of(shape, space, parallel, stages, **rest))
 
 
 def check_setting(setting: Setting) -> list[str]:

@@ -102,7 +102,7 @@ def widths_of(setting: Setting, axis: str) -> tuple[int, ...]:
 
 def other_widths(setting: Setting, axis: str, step: int) -> list[Change]:
     """The choices of an axis with those that are no multiple of ``step`` moved to the nearest that are."""
-    if setting.space is None or axis not in setting.space.axes:
+    if setting.space is None or setting.frozen or axis not in setting.space.axes:
         return []
     full, step = setting.shape.size(axis), lcm(step, setting.granule.get(axis, 1))
     least = setting.shape.moe_router_topk if axis == "num_moe_experts" else 1
@@ -172,7 +172,7 @@ def _lanes(setting: Setting, axis: str, lanes: int, group: str) -> Problem:
     )
     step = lcm(ranks, setting.shape.groups(axis))
     again = [{f"space.lanes.{axis}": n} for n in range(step, full + 1, step) if full % n == 0]
-    if axis == "mamba_num_heads":  # its lanes are the SSM groups
+    if setting.frozen or axis == "mamba_num_heads":  # its lanes are the SSM groups
         again = []
     return Problem(text, (*again[:3], *split_less(setting, group)))
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from ..quantization.formats import FORMATS
 from ..space import TensorLayout, ends, tensors_of
 from ..space.layouts import Number
 from .sizes import LayerGroup, ModelSizes
 
-# bytes per element of a quantised weight, its block scales included
-FORMATS = {"bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5 + 1 / 16}
-# two fp32 scalars a tensor: weight scale (NVFP4: the global one) and input scale
-SCALAR_BYTES = 8
+QUANTISED = {form.name: form for form in FORMATS.values()}
 BUFFER_TOKENS = 16384  # a prefill chunk, as in upstream's memory profiles
 
 
@@ -33,7 +31,8 @@ def weight_bytes(model: ModelSizes, fmt: str) -> Number:
         for t in tensors_of(g.symbol, g.sizes):
             copies = g.sizes["num_moe_experts"] if t.per_expert else 1
             if fmt != "bf16" and quantised(g, t):
-                per_layer = per_layer + copies * (FORMATS[fmt] * t.numel(g.sizes) + SCALAR_BYTES)
+                form = QUANTISED[fmt]
+                per_layer = per_layer + copies * (form.value_bytes * t.numel(g.sizes) + form.scalar_bytes)
             else:
                 per_layer = per_layer + copies * 2 * t.numel(g.sizes)
         total = total + g.total(per_layer)

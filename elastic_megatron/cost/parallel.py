@@ -55,16 +55,6 @@ def smallest_world(parallel: Layout) -> int:
     return parallel.pipeline * lcm(replica, size_of(parallel, "expert_tensor") * parallel.expert)
 
 
-def replicas_per_draw(parallel: Layout) -> int:
-    """Data-parallel ranks whose tokens meet in the same experts, so that they share a draw of widths.
-
-    A model replica is tensor x context consecutive ranks of a pipeline stage, an expert group expert_tensor x
-    expert of them; whatever overlaps belongs together.
-    """
-    replica = parallel.tensor * parallel.context
-    return lcm(replica, size_of(parallel, "expert_tensor") * parallel.expert) // replica
-
-
 def rank_grids(parallel: Layout) -> tuple[dict[str, int | None], dict[str, int | None]]:
     """How dense and expert parameters lie on the ranks: group -> size, innermost ranks first.
 

@@ -15,14 +15,20 @@ for its backward pass hold, in numbers:
 - in an elastic model, whose masks are multiplied in and learn, one more of each tensor that is multiplied: 3 n' hidden,
   and of inner (3), queries, ffn, shared and dispatched moe_ffn.
 
+Rounding to FP8 or NVFP4 makes a copy of each quantised weight, which its linear keeps for its backward pass as it keeps
+what it was multiplied with, and works on the largest of them in fp32. What ``E`` hands to several experts, and to the
+shared one, is kept rounded besides: n' (topk X + 1) hidden.
+
 The way of counting is that of arXiv 2205.05198. Left out: communication buffers, fragmentation (``usable`` allows for
 both) and the budget router (thousands of parameters).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 from ..space import ParentShape, ends, stage_layers, tensors_of
 from .parallel import Layout, size_of, smallest_world
@@ -49,6 +55,7 @@ class Load:
         teacher: the frozen model beside it.
         elastic: do masks act on the activations?
         logits: of how many micro-batches they are held, outside of training.
+        rounded: the weights that are rounded to a lower precision, by layer and name of the layout.
     """
 
     seq_length: int
@@ -58,6 +65,7 @@ class Load:
     teacher: ParentShape | None = None
     elastic: bool = False
     logits: int = 1
+    rounded: frozenset[tuple[int, str]] = frozenset()
 
     @property
     def tokens(self) -> int:
@@ -74,13 +82,14 @@ def usable(memory_gib: float) -> float:
 
 
 def memory_per_rank(shape: ParentShape, parallel: Layout, load: Load) -> dict[str, int]:
-    """Bytes on the fullest rank: ``weights, gradients, optimizer, teacher, activations, logits, total``.
+    """Bytes on the fullest rank: ``weights, gradients, optimizer, teacher, rounded, activations, logits,
+    total``.
 
     A parameter costs its weight (bf16 2, fp32 4), in training an fp32 gradient (4) and Adam (bf16: fp32 copy
     and two moments, 12; fp32: two moments, 8), which ``distributed_optimizer`` splits over data-parallel ranks
-    (of the smallest job, without ``world_size``). The teacher is a second set of frozen weights. Activations are
-    those of the micro-batches in flight (module docstring); with ``recompute`` a layer's input and one layer's other
-    activations. ``logits`` are those of student and teacher, and what the loss makes of them.
+    (of the smallest job, without ``world_size``). The teacher is a second set of frozen weights. Rounded weights and
+    activations are those of the micro-batches in flight (module docstring); with ``recompute``, of one layer, and a
+    layer's input of each. ``logits`` are those of student and teacher, and what the loss makes of them.
     """
     sizes = sizes_of(parallel)
     stages = [_stage(shape, sizes, stage, load) for stage in range(parallel.pipeline)]
@@ -102,6 +111,7 @@ def _stage(shape: ParentShape, parallel: LayoutSizes, stage: int, load: Load) ->
         out["optimizer"] = adam * (dense / replicas[0] + routed / replicas[1])
     if load.teacher is not None:
         out["teacher"] = load.size * sum(params_per_rank(load.teacher, parallel, stage))
+    out["rounded"] = _rounded(shape, parallel, stage, load)
     out["activations"] = _activations(shape, parallel, stage, load)
     out["logits"] = _logits(shape, parallel, load) if stage == parallel.pipeline - 1 else 0
     rounded = {k: round(v) for k, v in out.items()}
@@ -121,9 +131,13 @@ def chunks_of_stage(shape: ParentShape, parallel: Layout, stage: int) -> list[st
 
     Raises ``ValueError`` if there are more chunks than layers.
     """
-    parts = stage_layers(shape.num_layers, parallel.pipeline * (parallel.virtual_pipeline or 1))
     pattern = shape.hybrid_layer_pattern
-    return [pattern[part.start : part.stop] for part in parts[stage :: parallel.pipeline]]
+    return [pattern[part.start : part.stop] for part in _chunks(shape, parallel, stage)]
+
+
+def _chunks(shape: ParentShape, parallel: Layout, stage: int) -> Sequence[range]:
+    parts = stage_layers(shape.num_layers, parallel.pipeline * (parallel.virtual_pipeline or 1))
+    return parts[stage :: parallel.pipeline]
 
 
 def params_per_rank(shape: ParentShape, parallel: Layout, stage: int) -> tuple[float, float]:
@@ -157,6 +171,24 @@ def _params_of_layer(shape: ParentShape, symbol: str) -> tuple[int, int, int]:
         kind = 2 if t.per_expert else 0 if t.name.startswith(_REPLICATED) else 1
         out[kind] += t.numel(fields)
     return out[0], out[1], out[2]
+
+
+def _rounded(shape: ParentShape, parallel: LayoutSizes, stage: int, load: Load) -> float:
+    """Copies of rounded weights: of all layers in flight in training, of one with recomputation, else of one weight."""
+    fields, of_layers, largest = parent_fields(shape), [0.0], 0.0
+    experts = shape.num_moe_experts / parallel.expert
+    for layer in chain.from_iterable(_chunks(shape, parallel, stage)):
+        copies = 0.0
+        for t in tensors_of(shape.hybrid_layer_pattern[layer], fields):
+            if (layer, t.name) in load.rounded:
+                one = t.numel(fields) / size_of(parallel, "expert_tensor" if t.per_expert else "tensor")
+                copies += one * (experts if t.per_expert else 1)
+                largest = max(largest, one)
+        of_layers.append(copies)
+    kept = 0.0
+    if load.training:
+        kept = max(of_layers) if parallel.recompute else _in_flight(parallel, stage) * sum(of_layers)
+    return load.size * (kept if load.training else largest) + 4 * largest
 
 
 def _activations(shape: ParentShape, parallel: LayoutSizes, stage: int, load: Load) -> float:
@@ -214,6 +246,9 @@ def _layer_bytes(shape: ParentShape, parallel: Layout, symbol: str, load: Load) 
         numbers += dispatched * (
             2 * shape.hidden_size + (2 + masked) * shape.moe_ffn_hidden_size / expert_tensor
         )
+        if load.rounded:  # what several read is kept as it was, and rounded for each
+            shared = rows if shape.moe_shared_expert_intermediate_size else 0
+            numbers += (shared + dispatched) * shape.hidden_size
         extra = 4 * rows * shape.num_moe_experts
     return load.size * numbers + extra
 

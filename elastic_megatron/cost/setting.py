@@ -8,17 +8,18 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 from ..errors import UserError
-from ..space import ElasticSpace, ParentShape
+from ..quantization.formats import FORMATS
+from ..space import ElasticSpace, ParentShape, TensorLayout
 from .parallel import Batch, Layout
 
 # key of the recipe, as a `key=value` override writes it -> its new value
 Change = Mapping[str, Any]
-# format -> neighbouring input columns that share a scale
-BLOCKS = {"fp8": 1, "nvfp4": 16}
+# format, as recipes spell it -> neighbouring input columns that share a scale
+BLOCKS = {form.name: form.block for form in FORMATS.values()}
 
 
 class Calibration(Protocol):
-    """What a pass over calibration data feeds, as in a recipe's ``rank``."""
+    """What a pass over calibration data feeds, as in a recipe's ``rank`` or ``quantize``."""
 
     @property
     def samples(self) -> int: ...
@@ -49,10 +50,12 @@ class Setting:
     """A model, its family, and the numbers it is to run with.
 
     Args:
-        stages: of training; ``calibration``: of one pass over data instead.
+        stages: of training; ``calibration``: of a pass over data, and the ``section`` of the recipe that says so.
         ranks_per_node: where the ranks are counted in nodes, else ``None``; ``most_per_node`` and ``most_nodes`` limit
             what may be asked for.
         blocks: columns of a quantisation block, 1 without: every rank's share of a width is whole blocks.
+        quantised: the weights that are stored in such blocks.
+        frozen: are the widths those of a trained family, which no setting changes?
         draws: do the stages draw widths (a run with budgets)?
         granule: axis -> what its widths are multiples of, as the recipe wants it.
     """
@@ -62,10 +65,13 @@ class Setting:
     parallel: LayoutSizes
     stages: tuple[Batch, ...] = ()
     calibration: Calibration | None = None
+    section: str = "rank"
     ranks_per_node: int | None = None
     most_per_node: int | None = None
     most_nodes: int | None = None
     blocks: int = 1
+    quantised: tuple[TensorLayout, ...] = ()
+    frozen: bool = False
     draws: bool = False
     granule: Mapping[str, int] = field(default_factory=dict)
 
@@ -96,7 +102,7 @@ class Setting:
                 setting = replace(setting, parallel=parallel, ranks_per_node=node)
             elif section == "quantize" and name == "format":
                 setting = replace(setting, blocks=BLOCKS[value])
-            elif section == "rank":
+            elif section == setting.section:
                 setting = replace(setting, calibration=_with(setting.calibration, name, value))
             elif section == "stages":
                 index, _, own = name.partition(".")

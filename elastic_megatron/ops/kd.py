@@ -42,8 +42,7 @@ def distillation_loss(
         return token_cross_entropy(student, labels, group), None
     log_q = _log_softmax(student, temperature, group)
     log_p = _log_softmax(teacher.detach(), temperature, group)
-    a, b = (log_p, log_q) if kind == "forward_kl" else (log_q, log_p)
-    kd = sum_over((a.exp() * (a - b)).sum(-1), group)
+    kd = _kl(log_p, log_q, group) if kind == "forward_kl" else _kl(log_q, log_p, group)
     if ce_weight == 0.0:
         return kd, kd
     if temperature != 1.0:
@@ -54,6 +53,15 @@ def distillation_loss(
 def token_cross_entropy(logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Cross-entropy of every token ``[...]`` in nats; arguments as in :func:`distillation_loss`."""
     return _cross_entropy(_log_softmax(logits, 1.0, group), labels, group)
+
+
+def forward_kl(student: Tensor, teacher: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """KL(teacher || student) of every token ``[...]`` in nats; arguments as in :func:`distillation_loss`."""
+    return _kl(_log_softmax(teacher, 1.0, group), _log_softmax(student, 1.0, group), group)
+
+
+def _kl(log_p: Tensor, log_q: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    return sum_over((log_p.exp() * (log_p - log_q)).sum(-1), group)
 
 
 def _cross_entropy(log_q: Tensor, labels: Tensor, group: dist.ProcessGroup | None) -> Tensor:

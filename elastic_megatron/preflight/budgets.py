@@ -16,8 +16,8 @@ from .family import Family, Found
 
 def budget_problems(job: PlannedJob, family: Family) -> Iterator[Found]:
     """A finding for each budget outside what the family spans; the router would train towards what is not there."""
-    space = family.space
-    for budget in budgets(job.recipe) if job.recipe.job == "train" and space is not None else ():
+    space, trained = family.space, job.recipe.job == "train" and not family.frozen
+    for budget in budgets(job.recipe) if trained and space is not None else ():
         assert space is not None
         if budget.table is not None and not Path(budget.table).is_file():
             continue  # a finding of its own

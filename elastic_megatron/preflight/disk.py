@@ -7,11 +7,13 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ..checkpoint.hf_quantised import stored_bytes
 from ..cost import account
 from ..errors import UserError
 from ..recipe import JobChain, PlannedJob
-from .family import Families, Family, Found
-from .paths import destinations, nearest, writable
+from ..space import ElasticSpace, SubmodelSpec
+from .family import Families, Family, Found, destinations
+from .paths import nearest, writable
 
 _GIB = 2**30
 
@@ -89,13 +91,16 @@ def checkpoint_bytes(job: PlannedJob, family: Family) -> int:
 
 def export_bytes(job: PlannedJob, family: Family) -> dict[Path, int]:
     """Bytes of each directory; a submodel that is still to be chosen is taken for the whole."""
-    export = job.recipe.export
+    export, parent = job.recipe.export, family.parent
     assert export is not None
-    size = 4 if export.dtype == "fp32" or (export.dtype is None and job.recipe.model.dtype == "fp32") else 2
-    whole = account(family.shape).total_params * size
+    rest = 4 if export.dtype == "fp32" or (export.dtype is None and job.recipe.model.dtype == "fp32") else 2
+    whole = parent.space or ElasticSpace(family.shape, ())
     out: dict[Path, int] = {}
     for key, path in destinations(job):
-        spec = family.parent.submodels.get(path.name) if key == "export.slices" else None
-        known = spec is not None and family.parent.space is not None and bool(spec.widths)
-        out[path] = account(family.parent.space, spec).total_params * size if known else whole  # type: ignore[arg-type]
+        spec = parent.submodels.get(path.name, SubmodelSpec()) if key == "export.slices" else SubmodelSpec()
+        spec = spec if spec.widths else whole.full()
+        if parent.quantised is not None:
+            out[path] = stored_bytes(parent.quantised, whole, spec, rest=rest)
+        else:
+            out[path] = account(whole, spec).total_params * rest
     return out

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from ..checkpoint.hf_quantised import planned_by
 from ..checkpoint.manifest import FILE, Manifest
 from ..checkpoint.resolve import budgets, elastic_space, hf_manifest
 from ..checkpoint.tracker import resolve
 from ..errors import UserError
-from ..recipe import JobChain, PlannedJob
+from ..recipe import JobChain, PlannedJob, Recipe
 from ..space import ElasticSpace, ParentShape, SubmodelSpec
 
 Found = tuple[Literal["error", "warning"], str]
@@ -28,6 +29,7 @@ class Family:
         parent: description of the model it starts from, ``submodels`` without widths where they are still to be
             chosen.
         space: the widths that it works with; ``None`` for a job that is not elastic.
+        frozen: are these widths those of submodels that the job takes as they are?
         teacher: shape of the frozen model, where there is one.
         result: description of what it writes.
     """
@@ -36,10 +38,16 @@ class Family:
     space: ElasticSpace | None
     teacher: ParentShape | None
     result: Manifest
+    frozen: bool = False
 
     @property
     def shape(self) -> ParentShape:
         return self.parent.shape
+
+
+def is_frozen(recipe: Recipe) -> bool:
+    """Does the job take the submodels of its model as they are?"""
+    return recipe.job == "quantize" or (recipe.job == "train" and recipe.router_frozen)
 
 
 def ancestors(chain: JobChain, job: PlannedJob) -> dict[str, PlannedJob]:
@@ -65,16 +73,16 @@ def maker(chain: JobChain, path: Path) -> list[PlannedJob]:
 
 def exporter(chain: JobChain, path: Path) -> list[PlannedJob]:
     """Jobs that write this Hugging Face directory."""
-    found = []
-    for job in chain.jobs:
-        export = job.recipe.export if job.recipe.job == "export" else None
-        if export is None:
-            continue
-        places = [export.elastic] if export.elastic else []
-        places += [export.slices / name for name in export.submodels] if export.slices else []
-        if path in places:
-            found.append(job)
-    return found
+    return [job for job in chain.jobs if path in [place for _, place in destinations(job)]]
+
+
+def destinations(job: PlannedJob) -> list[tuple[str, Path]]:
+    """Directories that an export job writes, and the setting that names each."""
+    export = job.recipe.export if job.recipe.job == "export" else None
+    if export is None:
+        return []
+    out = [("export.elastic", export.elastic)] if export.elastic else []
+    return out + [("export.slices", export.slices / n) for n in export.submodels if export.slices]
 
 
 class Families:
@@ -106,20 +114,21 @@ class Families:
 
     def _work_out(self, job: PlannedJob) -> Family:
         recipe = job.recipe
-        parent = self._parent(job)
-        space = parent.space
-        if recipe.job != "export":
+        parent = self.parent(job)
+        space, frozen = parent.space, is_frozen(recipe)
+        if recipe.job != "export" and not frozen:
             elastic = recipe.job == "rank" or bool(recipe.budgets)
             space = elastic_space(recipe, parent) if elastic else None
         teacher = None
-        if recipe.job == "train" and recipe.loss.kind != "cross_entropy":
+        if recipe.job in ("train", "quantize") and recipe.loss.kind != "cross_entropy":
             chosen = recipe.teacher.checkpoint
             teacher = (
                 parent.shape if chosen is None else self._stored(job, "teacher.checkpoint", chosen).shape
             )
-        return Family(parent, space, teacher, _result(job, parent, space))
+        return Family(parent, space, teacher, _result(job, parent, space), frozen)
 
-    def _parent(self, job: PlannedJob) -> Manifest:
+    def parent(self, job: PlannedJob) -> Manifest:
+        """Description of the model that a job starts from. Raises ``UserError`` where it cannot be found."""
         model = job.recipe.model
         if model.sizes is not None:
             return Manifest(shape=ParentShape.from_dict(model.sizes.model_dump()))
@@ -176,13 +185,17 @@ def _named(key: str) -> Iterator[None]:
 def _result(job: PlannedJob, parent: Manifest, space: ElasticSpace | None) -> Manifest:
     """What a job leaves: the same shape, and the family as far as it is known before it ran."""
     recipe = job.recipe
+    if recipe.job == "export":
+        return parent
+    quantised = planned_by(recipe.quantize, parent.shape) if recipe.quantize is not None else None
+    result = replace(parent, quantised=quantised)
     if recipe.job == "rank":
-        return replace(parent, space=space, ranking=PENDING)
-    if recipe.job == "train":
-        named = budgets(recipe)
-        unknown = {budget.name: SubmodelSpec() for budget in named}
-        return replace(parent, space=space, budgets=named, submodels=unknown)
-    return parent
+        return replace(result, space=space, ranking=PENDING)
+    if recipe.job == "quantize":
+        return result
+    named, known = budgets(recipe), parent.submodels if is_frozen(recipe) else {}
+    submodels = {budget.name: known.get(budget.name, SubmodelSpec()) for budget in named}
+    return replace(result, space=space, budgets=named, submodels=submodels)
 
 
 def own_steps(chain: JobChain, job: PlannedJob) -> Iterator[tuple[int, int]]:

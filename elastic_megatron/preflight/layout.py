@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
+from pathlib import Path
 
+from ..checkpoint.hf_quantised import Quantised, read_quantised
+from ..checkpoint.json_files import read_object
+from ..checkpoint.quantised_layers import checked_of, in_use
+from ..checkpoint.resolve import CONFIG
 from ..cost.layout_rules import Problem, lower
 from ..cost.remedy import described, problems_of
-from ..cost.setting import BLOCKS, Setting
+from ..cost.setting import Setting
+from ..errors import UserError
 from ..recipe import JobChain, PlannedJob
+from ..space import ElasticSpace
 from .family import Family, Found, own_steps
 
 
@@ -33,34 +40,42 @@ def setting_of(chain: JobChain, job: PlannedJob, family: Family) -> Setting | No
     train, parallel = recipe.job == "train", recipe.parallel
     if not train:  # a pass over data runs whole pipeline stages
         parallel = parallel.model_copy(update={"virtual_pipeline": None})
+    rest = checked_of(recipe, family.shape, frozen=family.frozen)
     return Setting.of(
         family.shape,
-        family.space,
+        _widths(family),
         parallel,
         recipe.stages if train else (),
-        calibration=recipe.rank if recipe.job == "rank" else None,
         ranks_per_node=job.ranks_per_node,
         most_per_node=chain.cluster.gpus_per_node or None,
         most_nodes=chain.cluster.max_nodes,
-        blocks=BLOCKS[recipe.quantize.format] if recipe.quantize is not None else 1,
         draws=train and bool(recipe.budgets),
         granule=recipe.space.granule,
+        **({"calibration": recipe.rank} if recipe.job == "rank" else rest),
     )
 
 
+def _widths(family: Family) -> ElasticSpace | None:
+    """The widths that submodels have or may get."""
+    specs = family.result.submodels.values()
+    if family.space is None or not family.frozen or not all(spec.widths for spec in specs):
+        return family.space
+    return in_use(family.space, specs)
+
+
 def refused(job: PlannedJob, family: Family) -> Iterator[str]:
-    """What `rank` and `train` say themselves, before they build anything."""
+    """What the commands say themselves, before they build anything."""
     recipe = job.recipe
-    if recipe.quantize is not None:
-        what = "quantize jobs are" if recipe.job == "quantize" else "training with quantize is"
-        remedy = "take the job out of the chain" if recipe.job == "quantize" else "set quantize=null"
-        yield f"{what} not built yet; {remedy}"
-    elif recipe.job == "rank":
+    if recipe.job == "rank":
         yield from _rank(job, family)
     elif recipe.job == "export":
         yield from _export(job, family)
     elif recipe.job == "train":
         yield from _train(job, family)
+    if recipe.job in ("train", "quantize"):
+        yield from _submodels(job, family)
+        yield from _teacher(job, family)
+        yield from _quantize(job, family)
 
 
 def _rank(job: PlannedJob, family: Family) -> Iterator[str]:
@@ -86,6 +101,10 @@ def _train(job: PlannedJob, family: Family) -> Iterator[str]:
             "parallel.distributed_optimizer is false, but a bf16 model cannot be saved without it; "
             "set parallel.distributed_optimizer=true"
         )
+
+
+def _teacher(job: PlannedJob, family: Family) -> Iterator[str]:
+    recipe = job.recipe
     if family.teacher is None:
         return
     if recipe.teacher.checkpoint is None and recipe.model.sizes is not None:
@@ -98,6 +117,51 @@ def _train(job: PlannedJob, family: Family) -> Iterator[str]:
             f"teacher.checkpoint has a vocabulary of {family.teacher.vocab_size}, the parent "
             f"{family.shape.vocab_size}; distillation needs one tokenizer"
         )
+
+
+def _submodels(job: PlannedJob, family: Family) -> Iterator[str]:
+    """Quantising, and training under a frozen router, take submodels whose widths are chosen."""
+    recipe, known = job.recipe, list(family.parent.submodels)
+    missing = [name for name in recipe.budgets if name not in known]
+    if not missing or not (family.frozen or recipe.quantize is not None):
+        return
+    if recipe.quantize is not None and recipe.model.sizes is not None:
+        return  # a finding of its own
+    remedy = "name the run of a trained family in model.checkpoint"
+    if recipe.quantize is None:
+        remedy += ", or set router.frozen=false"
+    elif known and recipe.job == "quantize":
+        remedy += ", or set budgets=null"
+    yield (
+        f"budgets.{missing[0]}: the model has no submodel of this name, only "
+        f"{', '.join(known) or 'the whole'}; {remedy}"
+    )
+
+
+def _quantize(job: PlannedJob, family: Family) -> Iterator[str]:
+    model, already = job.recipe.model, family.parent.quantised
+    if job.recipe.quantize is None:
+        return
+    if model.sizes is not None:
+        yield (
+            "quantize has no weights to start from: model.sizes starts from random ones; name a model.checkpoint, or "
+            "set quantize=null"
+        )
+    if already is None and model.hf is not None:
+        already = _of_directory(model.hf)
+    if already is not None:
+        yield (
+            f"{model.checkpoint or model.hf} is quantised already, to {already.format.algo}; start from the model that "
+            "it was made from"
+        )
+
+
+def _of_directory(path: Path) -> Quantised | None:
+    folder = path.parent if path.name == CONFIG else path
+    try:
+        return read_quantised(folder, read_object(folder / CONFIG, ""))
+    except UserError:
+        return None  # a finding of its own, or yet to be written
 
 
 def _export(job: PlannedJob, family: Family) -> Iterator[str]:
@@ -118,7 +182,9 @@ def _long_sequences(chain: JobChain, job: PlannedJob, family: Family) -> Iterato
     fed = [(f"stages.{i}", recipe.stages[i].seq_length) for i, _ in own_steps(chain, job)]
     if recipe.job == "rank":
         fed = [("rank", recipe.rank.seq_length)]
-    for key, length in fed if recipe.job in ("rank", "train") else ():
+    if recipe.quantize is not None:
+        fed = [*fed, ("quantize", recipe.quantize.seq_length)]
+    for key, length in fed if recipe.job != "export" else ():
         if length > most:
             yield (
                 "warning",

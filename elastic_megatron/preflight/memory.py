@@ -65,6 +65,7 @@ def loads(chain: JobChain, job: PlannedJob, family: Family) -> Iterator[tuple[st
         recipe.job == "train",
         family.teacher,
         recipe.job == "train" and bool(recipe.budgets),
+        rounded=_rounded(family) if recipe.quantize is not None else frozenset(),
     )
     if recipe.job == "train":
         for index, _ in own_steps(chain, job):
@@ -80,11 +81,30 @@ def loads(chain: JobChain, job: PlannedJob, family: Family) -> Iterator[tuple[st
             "rank",
             replace(load, seq_length=rank.seq_length, micro_batch_size=rank.micro_batch_size, logits=3),
         )
+    if (fed := recipe.quantize) is not None and recipe.job in ("train", "quantize"):
+        # likewise those of the model and of its quantised self
+        size = {"seq_length": fed.seq_length, "micro_batch_size": fed.micro_batch_size}
+        yield "quantize", replace(load, training=False, elastic=False, logits=3, **size)
+
+
+def _rounded(family: Family) -> frozenset[tuple[int, str]]:
+    quantised = family.result.quantised
+    assert quantised is not None, "the result of a job that quantises"
+    return frozenset((layer, layout.name) for layer, layout, _ in quantised.stored_keys(family.shape))
 
 
 def fullest(chain: JobChain, job: PlannedJob, family: Family) -> tuple[str, Load] | None:
-    """The load that takes most memory."""
-    return max(loads(chain, job, family), key=lambda each: each[1].tokens, default=None)
+    """The load that takes most memory; ``None`` for a job that computes nothing on ranks."""
+    setting = setting_of(chain, job, family)
+    if setting is None:
+        return None
+    parallel = setting.parallel
+    fits = parallel.pipeline * (parallel.virtual_pipeline or 1) <= family.shape.num_layers
+
+    def size(load: Load) -> int:
+        return memory_per_rank(family.shape, parallel, load)["total"] if fits else load.tokens
+
+    return max(loads(chain, job, family), key=lambda each: size(each[1]), default=None)
 
 
 def lighter(setting: Setting, load: Load, key: str, limit: float) -> Change | None:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..recipe import JobChain, PlannedJob
+from ..recipe.deploy import RECORD
 from ..recipe.elastic import LatencyBudget
-from .family import Found
+from .family import Found, destinations
 
 
 def path_problems(chain: JobChain, job: PlannedJob) -> Iterator[Found]:
@@ -74,7 +75,7 @@ def paths_of(chain: JobChain) -> Iterator[tuple[Path, str]]:
 
 
 def _data(job: PlannedJob) -> Iterator[str]:
-    read = {"train": ("train", "valid"), "rank": ("train",), "quantize": ("train",)}
+    read = {"train": ("train", "valid"), "rank": ("train",), "quantize": ("train", "valid")}
     for key in read.get(job.recipe.job, ()):
         for index, source in enumerate(getattr(job.recipe.data, key)):
             missing = [
@@ -112,15 +113,6 @@ def _export(chain: JobChain, job: PlannedJob) -> Iterator[str]:
 def _exported(job: PlannedJob) -> set[str]:
     """Directories that the recipe's run folder says it wrote; a second run leaves them as they are."""
     try:
-        return set(json.loads((job.recipe.run_dir / "exports.json").read_text()))
+        return set(json.loads((job.recipe.run_dir / RECORD).read_text()))
     except (OSError, ValueError):
         return set()
-
-
-def destinations(job: PlannedJob) -> list[tuple[str, Path]]:
-    """Directories that an export job writes, and the setting that names each."""
-    export = job.recipe.export if job.recipe.job == "export" else None
-    if export is None:
-        return []
-    out = [("export.elastic", export.elastic)] if export.elastic else []
-    return out + [("export.slices", export.slices / n) for n in export.submodels if export.slices]

@@ -9,8 +9,10 @@ from ..cost.remedy import said, written
 from ..recipe import JobChain, PlannedJob, Recipe
 from .family import Found, ancestors
 
+# what a job that trains on a quantised model needs to have in common with one that quantised it before
+_QUANTISES = ("model", "quantize")
 # sections that decide what training computes; how it is laid out, logged and saved may change on the way
-_DECIDES = ("seed", "model", "space", "budgets", "router", "optimizer", "teacher", "loss")
+_DECIDES = ("seed", "model", "space", "budgets", "router", "optimizer", "teacher", "loss", "quantize")
 
 
 def shared_runs(chain: JobChain, job: PlannedJob) -> Iterator[Found]:
@@ -24,6 +26,9 @@ def shared_runs(chain: JobChain, job: PlannedJob) -> Iterator[Found]:
         if other.name not in before:
             text = f"run_dir: {job.recipe.run_dir} is that of job {other.name} too"
             yield "error", f"{text}; add {other.name} to jobs.{job.name}.after, or choose another run_dir"
+        elif other.recipe.job == "quantize" and job.recipe.job == "train" and job.recipe.quantize is not None:
+            if text := _unlike(other, _dumped(job.recipe, _QUANTISES), _dumped(other.recipe, _QUANTISES)):
+                yield "error", text
         elif other.recipe.job != "train" or job.recipe.job != "train":
             text = f"run_dir: {job.recipe.run_dir} holds the checkpoints of job {other.name}"
             yield "error", f"{text}, which {job.recipe.job} would take for its own; choose another run_dir"
@@ -34,11 +39,8 @@ def shared_runs(chain: JobChain, job: PlannedJob) -> Iterator[Found]:
 
 def _continued(first: PlannedJob, then: PlannedJob) -> Iterator[str]:
     """Two jobs of one run: the same training, and the second goes further than the first."""
-    found = _difference(_deciding(then.recipe), _deciding(first.recipe), "")
-    if found is not None:
-        key, mine, other = found
-        text = f"{key}={written(mine)} is {written(other)} in {first.name}, which trains in the same run_dir"
-        yield f"{text}; {said({key: other})}"
+    if text := _unlike(first, _deciding(then.recipe), _deciding(first.recipe)):
+        yield text
     elif then.recipe.last_step <= first.recipe.last_step:
         text = f"training ends at step {then.recipe.last_step}, to which {first.name} has come already"
         ends = [stage.name for stage in first.recipe.stages]
@@ -49,9 +51,26 @@ def _continued(first: PlannedJob, then: PlannedJob) -> Iterator[str]:
             yield f"{text}; set stop_after=null"
 
 
+def _unlike(first: PlannedJob, mine: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """What a job has otherwise than one before it in the same run folder."""
+    found = _difference(mine, other, "")
+    if found is None:
+        return None
+    key, own, theirs = found
+    verb = "trains" if first.recipe.job == "train" else "quantises"
+    return (
+        f"{key}={written(own)} is {written(theirs)} in {first.name}, which {verb} in the same run_dir; "
+        f"{said({key: theirs})}"
+    )
+
+
+def _dumped(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", include=set(sections))
+
+
 def _deciding(recipe: Recipe) -> dict[str, Any]:
     """What decides training, as plain values by their keys; a stage's draw is as large as it comes out."""
-    whole = recipe.model_dump(mode="json", include=set(_DECIDES))
+    whole = _dumped(recipe, _DECIDES)
     whole["data"] = {"train": recipe.model_dump(mode="json", include={"data"})["data"]["train"]}
     whole["stages"] = [
         stage.model_dump(mode="json", exclude={"micro_batch_size"})

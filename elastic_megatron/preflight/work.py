@@ -9,11 +9,15 @@ from ..cost.work import Fed, forward_flops, gpu_hours, ranking_flops, training_f
 from ..recipe import JobChain, PlannedJob
 from ..recipe.slurm import Links, Once
 from ..recipe.types import seconds
+from ..space import SubmodelSpec
 from .family import Family, Found, own_steps
 
 
 def work(chain: JobChain, job: PlannedJob, family: Family) -> tuple[float, int, int]:
-    """(floating-point operations, optimiser steps, tokens) of a job; what an earlier job did of a run is not its."""
+    """(floating-point operations, optimiser steps, tokens) of a job; what an earlier job did of a run is not its.
+
+    Tokens are those that are trained on; without training, those of the pass over data.
+    """
     recipe = job.recipe
     if recipe.job == "train":
         own = [(recipe.stages[index], steps) for index, steps in own_steps(chain, job)]
@@ -21,16 +25,30 @@ def work(chain: JobChain, job: PlannedJob, family: Family) -> tuple[float, int, 
         flops = training_flops(
             family.shape, family.teacher, fed, recompute=recipe.parallel.recompute == "full"
         )
+        flops += _calibration(job, family)[0]
         return flops, sum(steps for _, steps in own), sum(each.tokens for each in fed)
     if recipe.job == "rank":
         rank, axes = recipe.rank, set(recipe.space.choices)
         samples, batch = Fed(rank.samples, rank.seq_length), Fed(rank.micro_batch_size, rank.seq_length)
         widths, depth = bool(axes - {"num_layers"}), "num_layers" in axes
         return ranking_flops(family.shape, samples, batch, widths=widths, depth=depth), 0, samples.tokens
-    if recipe.job == "quantize" and recipe.quantize is not None:
-        samples = Fed(recipe.quantize.samples, recipe.quantize.seq_length)
-        return forward_flops(family.shape, samples), 0, samples.tokens
+    if recipe.job == "quantize":
+        flops, tokens = _calibration(job, family)
+        return flops, 0, tokens
     return 0.0, 0, 0
+
+
+def _calibration(job: PlannedJob, family: Family) -> tuple[float, int]:
+    """(floating-point operations, tokens) of quantising: the whole model and every submodel, as a mask of it, are fed
+    all samples."""
+    quantize, specs = job.recipe.quantize, family.result.submodels
+    if quantize is None:
+        return 0.0, 0
+    pinned = {b.name for b in family.result.budgets if (b.unit, b.target) == ("ratio", 1)}
+    full = family.space.full() if family.space is not None else SubmodelSpec()
+    smaller = {n: s for n, s in specs.items() if (s != full if s.widths else n not in pinned)}
+    fed = Fed(quantize.samples * (1 + len(smaller)), quantize.seq_length)
+    return forward_flops(family.shape, fed), fed.tokens
 
 
 def job_gpu_hours(chain: JobChain, job: PlannedJob, family: Family) -> float | None:
@@ -43,8 +61,8 @@ def job_gpu_hours(chain: JobChain, job: PlannedJob, family: Family) -> float | N
 def slurm_jobs(job: PlannedJob, gpu_hours: float) -> int:
     """How many time limits a job takes, each ending where it is told to save."""
     continuation = job.recipe.slurm.continuation
-    saves = job.recipe.job == "train" and not isinstance(continuation, Once)
-    useful = seconds(job.time) - (continuation.lead if saves and not isinstance(continuation, Once) else 0)
+    whole = job.recipe.job != "train" or isinstance(continuation, Once)
+    useful = seconds(job.time) - (0 if whole else continuation.lead)
     return max(1, ceil(gpu_hours / job.ranks * 3600 / max(1, useful)))
 
 

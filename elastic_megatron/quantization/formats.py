@@ -60,6 +60,16 @@ class Format:
         """Everything that is stored of a weight [rows, columns]."""
         return sum(part.nbytes(rows, columns) for part in self.parts)
 
+    @property
+    def value_bytes(self) -> float:
+        """Bytes of one value of a weight, its share of the scales of blocks included."""
+        return sum(_BYTES[part.dtype] / part.columns for part in self.parts if part.columns)
+
+    @property
+    def scalar_bytes(self) -> int:
+        """Bytes of the numbers that a weight of any size has."""
+        return self.nbytes(0, 0)
+
 
 _BYTES = {"uint8": 1, "float8_e4m3fn": 1, "float32": 4}
 _SCALAR = "float32"

@@ -23,18 +23,29 @@ def scale_of(amax: Tensor) -> Tensor:
     return torch.where(amax > 0, amax, torch.ones_like(amax)) / MAX
 
 
-def quantise(weight: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
-    """(e4m3 values, scale) of a weight of any shape.
+def codes(weight: Tensor, scale: Tensor) -> Tensor:
+    """The e4m3 values of a weight of any shape under the scale of its tensor.
 
     The quotient has the weight's dtype, as in ModelOpt: a BF16 weight is rounded to BF16 once more.
+    """
+    return (weight / scale.reshape(())).clamp(-MAX, MAX).to(torch.float8_e4m3fn)
+
+
+def quantise(weight: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
+    """(e4m3 values, scale) of a weight of any shape.
 
     Args:
         amax: largest magnitude of the tensor, or of the one that ``weight`` was cut from.
     """
     scale = scale_of(amax).reshape(())
-    return (weight / scale).clamp(-MAX, MAX).to(torch.float8_e4m3fn), scale
+    return codes(weight, scale), scale
 
 
 def dequantise(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The values: computed in fp32, rounded once to ``dtype``."""
     return (values.float() * scale.reshape(())).to(dtype)
+
+
+def rounded(values: Tensor, scale: Tensor) -> Tensor:
+    """Values as ``dequantise`` reads them back that were quantised under ``scale``, in their dtype."""
+    return dequantise(codes(values, scale), scale, values.dtype)

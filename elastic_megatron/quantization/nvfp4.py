@@ -20,9 +20,6 @@ SCALE_MAX = 448.0  # of e4m3
 SCALE_MIN = 2.0**-9  # the smallest positive e4m3: a block whose scale rounded to zero would be lost
 # by code; the fourth bit is the sign, and minus zero is zero
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-# halfway between neighbours; at a bound the even code is taken, which is the lower one at every other bound
-_BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-_UP = (0.75, 1.75, 3.5)
 
 
 def global_scale(amax: Tensor) -> Tensor:
@@ -46,13 +43,26 @@ def block_scales(weight: Tensor, scale: Tensor) -> Tensor:
 
 def codes(weight: Tensor, scales: Tensor, scale: Tensor) -> Tensor:
     """Codes 0 to 15, uint8 [..., columns], of the nearest values; ties go to the even code."""
-    scaled = (_blocks(weight) / (scales.float() * scale).unsqueeze(-1)).reshape(weight.shape)
+    scaled = _scaled(weight, scales, scale)
     sign = (scaled < 0).to(torch.uint8) << 3
+    return (sign + _magnitude_codes(scaled).to(torch.uint8)).reshape(weight.shape)
+
+
+def _scaled(weight: Tensor, scales: Tensor, scale: Tensor) -> Tensor:
+    """[..., blocks, 16]"""
+    return _blocks(weight) / (scales.float() * scale).unsqueeze(-1)
+
+
+def _magnitude_codes(scaled: Tensor) -> Tensor:
+    """Codes 0 to 7 without the sign, as floats.
+
+    Steps are 1/2 up to 2, 1 up to 4 and 2 beyond: the least of three lines through the codes, each rounded to
+    its whole numbers, and ``round`` takes the even one at ties.
+    """
     magnitude = scaled.abs()
-    code = torch.searchsorted(magnitude.new_tensor(_BOUNDS), magnitude.contiguous(), out_int32=True)
-    for bound in _UP:
-        code += magnitude == bound
-    return sign + code.to(torch.uint8)
+    code = (2 * magnitude).round_()
+    code = torch.minimum(code, magnitude.round().add_(2))
+    return torch.minimum(code, (magnitude / 2).round_().add_(4)).clamp_(max=7)
 
 
 def pack(code: Tensor) -> Tensor:
@@ -78,7 +88,17 @@ def quantise(weight: Tensor, amax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def dequantise(packed: Tensor, scales: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The values [..., columns]: computed in fp32, rounded once to ``dtype``."""
-    values = torch.tensor(VALUES, device=packed.device)[unpack(packed).int()]
+    return _values(unpack(packed), scales, scale, dtype)
+
+
+def rounded(values: Tensor, scale: Tensor) -> Tensor:
+    """Values [..., columns] as ``dequantise`` reads them back that were quantised under ``scale``, in their dtype."""
+    scales = block_scales(values, scale)
+    return _values(codes(values, scales, scale), scales, scale, values.dtype)
+
+
+def _values(code: Tensor, scales: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    values = torch.tensor(VALUES, device=code.device)[code.int()]
     return (_blocks(values) * (scales.float() * scale).unsqueeze(-1)).reshape(values.shape).to(dtype)
 
 

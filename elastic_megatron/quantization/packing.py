@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import fp8, nvfp4
-from .formats import FP8, INPUT_SCALE, NVFP4, WEIGHT, WEIGHT_SCALE, WEIGHT_SCALE_2, Format
+from .formats import FP8, INPUT_SCALE, NVFP4, WEIGHT, WEIGHT_SCALE, WEIGHT_SCALE_2, Format, Part
 
 
 def quantise(form: Format, weight: Tensor, amax: Tensor, input_amax: Tensor) -> dict[str, Tensor]:
@@ -18,13 +18,31 @@ def quantise(form: Format, weight: Tensor, amax: Tensor, input_amax: Tensor) -> 
         amax: its largest magnitude, or that of the weight it was cut from: then the result is a slice of that one's.
         input_amax: the largest magnitude of what it is multiplied with.
     """
+    own = scalars(form, amax, input_amax)
+    return {p.suffix: part_rows(form, p, weight, amax) if p.columns else own[p.suffix] for p in form.parts}
+
+
+def part_rows(form: Format, part: Part, weight: Tensor, amax: Tensor) -> Tensor:
+    """One of the parts that have rows, of some or all rows of a weight; ``amax`` is that of the whole weight."""
+    scale = scale_of(form, amax)
+    if form is FP8:
+        return fp8.codes(weight, scale)
+    scales = nvfp4.block_scales(weight, scale)
+    return scales if part.suffix == WEIGHT_SCALE else nvfp4.pack(nvfp4.codes(weight, scales, scale))
+
+
+def scalars(form: Format, amax: Tensor, input_amax: Tensor) -> dict[str, Tensor]:
+    """The parts that are one number, by suffix."""
+    own = WEIGHT_SCALE_2 if form is NVFP4 else WEIGHT_SCALE
+    return {own: scale_of(form, amax), INPUT_SCALE: scale_of(form, input_amax)}
+
+
+def scale_of(form: Format, amax: Tensor) -> Tensor:
+    """The fp32 scale of a tensor whose largest magnitude is ``amax``."""
     if form is NVFP4:
-        packed, scales, scale = nvfp4.quantise(weight, amax)
-        parts = {WEIGHT: packed, WEIGHT_SCALE: scales, WEIGHT_SCALE_2: scale}
-        return parts | {INPUT_SCALE: nvfp4.global_scale(input_amax)}
+        return nvfp4.global_scale(amax)
     assert form is FP8, form
-    values, scale = fp8.quantise(weight, amax)
-    return {WEIGHT: values, WEIGHT_SCALE: scale, INPUT_SCALE: fp8.scale_of(input_amax)}
+    return fp8.scale_of(amax)
 
 
 def dequantise(form: Format, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -37,4 +55,9 @@ def dequantise(form: Format, parts: Mapping[str, Tensor], dtype: torch.dtype) ->
 
 def fake_quantise(form: Format, weight: Tensor, amax: Tensor) -> Tensor:
     """The weight as it will be read back, in its dtype; for training, the gradient is the caller's to define."""
-    return dequantise(form, quantise(form, weight, amax, amax), weight.dtype)
+    return rounded(form, weight, scale_of(form, amax))
+
+
+def rounded(form: Format, values: Tensor, scale: Tensor) -> Tensor:
+    """``fake_quantise`` of values [..., columns] under the fp32 scale of their tensor."""
+    return (nvfp4 if form is NVFP4 else fp8).rounded(values, scale)

@@ -26,7 +26,7 @@ from ..report.console import family_table
 from ..router.loss import relative_cost, relative_target
 from ..space import ElasticSpace, SubmodelSpec
 from ..training.evaluate import evaluate
-from ..training.train import versions
+from ..training.versions import versions
 
 if TYPE_CHECKING:
     from .story import Story

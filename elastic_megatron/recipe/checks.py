@@ -9,10 +9,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 
 from elastic_megatron.recipe.deploy import Export, Quantize
-from elastic_megatron.recipe.elastic import Budgets, Space
+from elastic_megatron.recipe.elastic import Budgets, Router, Space
 from elastic_megatron.recipe.model import Model
-from elastic_megatron.recipe.training import Loss, Parallel, Stage, Teacher
+from elastic_megatron.recipe.training import Data, Loss, Parallel, Stage, Teacher
 from elastic_megatron.recipe.types import Problem, did_you_mean
+from elastic_megatron.space import replicas_per_draw
 
 
 def _budgets_need_choices(budgets: Budgets, space: Space) -> Iterator[Problem]:
@@ -53,6 +54,29 @@ def _job_has_its_section(
         yield Problem(("job",), "'export' needs model.checkpoint: the run to export")
     if job == "quantize" and quantize is None:
         yield Problem(("job",), "'quantize' needs a section quantize: the format")
+    if job == "quantize" and model.sizes is not None:
+        text = "'quantize' needs model.checkpoint or model.hf: model.sizes starts from random weights"
+        yield Problem(("job",), text)
+
+
+def _calibration_data(job: str, data: Data) -> Iterator[Problem]:
+    if job == "quantize" and not data.train:
+        yield Problem(
+            ("job",), "'quantize' needs data.train to calibrate on: prefixes written by prepare-data"
+        )
+
+
+def _quantized_rank(job: str, quantize: Quantize | None) -> Iterator[Problem]:
+    if job == "rank" and quantize is not None:
+        text = (
+            "has no effect on 'rank', which sorts the weights as they are; null removes an inherited section"
+        )
+        yield Problem(("quantize",), text)
+
+
+def _frozen_router(router: Router, budgets: Budgets) -> Iterator[Problem]:
+    if router.frozen and not budgets:
+        yield Problem(("router", "frozen"), "needs budgets: names of submodels of model.checkpoint")
 
 
 def _exported_submodels(export: Export | None, budgets: Budgets) -> Iterator[Problem]:
@@ -63,9 +87,15 @@ def _exported_submodels(export: Export | None, budgets: Budgets) -> Iterator[Pro
 
 
 def _plain_training(
-    stages: tuple[Stage, ...], budgets: Budgets, loss: Loss, teacher: Teacher
+    stages: tuple[Stage, ...], budgets: Budgets, loss: Loss, teacher: Teacher, quantize: Quantize | None
 ) -> Iterator[Problem]:
-    if stages and not budgets and loss.kind != "cross_entropy" and teacher.checkpoint is None:
+    if (
+        stages
+        and not budgets
+        and quantize is None
+        and loss.kind != "cross_entropy"
+        and teacher.checkpoint is None
+    ):
         text = (
             f"{loss.kind} of a model from itself is always 0: "
             "add budgets, name a teacher.checkpoint, or write kind: cross_entropy"
@@ -126,7 +156,8 @@ def draw_problem(parallel: Parallel, stage: Stage) -> str | None:
     exactly if a draw holds a multiple of what these ranks take together (or the whole step, which is such a
     multiple).
     """
-    ranks, size = parallel.replicas_per_draw, stage.micro_batch_size
+    ranks = replicas_per_draw(parallel.tensor, parallel.context, parallel.expert_tensor, parallel.expert)
+    size = stage.micro_batch_size
     if stage.draw_size % (size * ranks) == 0:
         return None
     return (
@@ -147,6 +178,9 @@ _CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     _stage_budgets,
     _stop_after,
     _job_has_its_section,
+    _calibration_data,
+    _quantized_rank,
+    _frozen_router,
     _exported_submodels,
     _plain_training,
     _topk,

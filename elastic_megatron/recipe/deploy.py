@@ -1,17 +1,49 @@
 """What becomes of a trained family: quantisation and export."""
 
+import re
 from collections.abc import Iterator
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from elastic_megatron.recipe.types import FilePath, Key, Positive, Problem, Section, Switch, raise_any
+
+# in the run folder of an export job: what was written where
+RECORD = "exports.json"
+
+
+_MODULES = r"^[A-Za-z0-9_.*?!\[\]-]+$"
+
+
+def _modules(value: str) -> str:
+    if not re.fullmatch(_MODULES, value):
+        raise ValueError(
+            f"{value!r} is no name of modules and no pattern: use letters, digits, _ - . * ? [ ] !"
+        )
+    return value
+
+
+Modules = Annotated[str, AfterValidator(_modules), Field(json_schema_extra={"pattern": _MODULES})]
 
 
 class Quantize(Section):
     """Low-precision weights and activations, calibrated on a few sequences."""
 
     format: Literal["fp8", "nvfp4"] = Field(description="Format of the quantised layers.")
+    preset: Literal["default", "mamba_moe_aggressive", "mamba_moe_conservative"] = Field(
+        default="mamba_moe_aggressive",
+        description="Whose linears are quantised. default: all but router, embeddings and head; "
+        "mamba_moe_aggressive: not attention's either; mamba_moe_conservative: nor Mamba's.",
+    )
+    keep_feeding_mamba: Switch = Field(
+        default=True,
+        description="Leave the Mamba layers alone that an attention layer follows, as the official Nemotron 3 Nano "
+        "checkpoints do.",
+    )
+    keep: tuple[Modules, ...] = Field(
+        default=(),
+        description='More modules to leave alone: Hugging Face names or patterns ("backbone.layers.0.*").',
+    )
     samples: Positive = Field(default=1024, description="Calibration sequences.")
     seq_length: Positive = Field(default=8192, description="Tokens per calibration sequence.")
     micro_batch_size: Positive = Field(default=1, description="Sequences per forward pass.")

@@ -144,6 +144,11 @@ class Router(Section):
     inner_size: Positive = Field(default=256, description="Hidden width of each network.")
     tau: GumbelTau = Field(default=GumbelTau(), description="Gumbel-softmax temperature.")
     logit_scale: LogitScale = Field(default=LogitScale(), description="Factor on the logits.")
+    frozen: Switch | None = Field(
+        default=None,
+        description="true: train the submodels of model.checkpoint at the widths they have; nothing is sampled, and "
+        "the router has no loss. Default: true where there is a section quantize.",
+    )
     sampling: Literal["soft", "hard"] = Field(
         default="soft", description="soft: train on mixtures of sizes; hard: on one sampled size at a time."
     )

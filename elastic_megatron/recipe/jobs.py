@@ -152,12 +152,12 @@ class _Reader:
 
     def _cluster(self, file: Path, root: Node, at: tuple[str, ...]) -> Cluster | None:
         asked_at = f"{root.locate(at).where}: {show_path(at)}: "
-        document = read(Cluster, _shown(file), self.of_cluster, self.problems, asked_at, "cluster.")
+        document = read(Cluster, shown_path(file), self.of_cluster, self.problems, asked_at, "cluster.")
         if document is None or document.value is None:
             return None
         template = document.value.template
         if template is not None and not template.is_file():
-            missing = Problem(("template",), f"{_shown(template)}: no such file")
+            missing = Problem(("template",), f"{shown_path(template)}: no such file")
             self.problems += messages.lines([missing], document.root)
         return document.value
 
@@ -168,7 +168,7 @@ class _Reader:
             return None
         own = [o.removeprefix(f"{name}.") for o in self.overrides if o.startswith(f"{name}.")]
         asked_at = f"{root.locate(at).where}: {show_path(at)}: "
-        document = read(Recipe, _shown(file), own, self.problems, asked_at, f"{name}.")
+        document = read(Recipe, shown_path(file), own, self.problems, asked_at, f"{name}.")
         if document is None or document.value is None or cluster is None:
             return None
         after = chain.jobs[name].after if chain is not None else ()
@@ -225,7 +225,7 @@ def _path(root: Node, at: tuple[str, ...]) -> Path | None:
         return None
 
 
-def _shown(path: Path) -> str:
+def shown_path(path: Path) -> str:
     """A path as a person would type it here."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative

@@ -15,14 +15,7 @@ from elastic_megatron.recipe.types import (
     Switch,
     raise_any,
 )
-
-# What each symbol of `hybrid_layer_pattern` needs. A shared expert is optional, so it is not listed.
-SIZES_OF_SYMBOL: dict[str, tuple[str, ...]] = {
-    "M": ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups"),
-    "*": ("num_attention_heads", "num_query_groups", "kv_channels"),
-    "E": ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size"),
-    "-": ("ffn_hidden_size",),
-}
+from elastic_megatron.space.parent import NEEDED_FIELDS
 
 
 class Sizes(Section):
@@ -66,13 +59,13 @@ class Sizes(Section):
 
     def _pattern(self) -> Iterator[Problem]:
         for position, symbol in enumerate(self.hybrid_layer_pattern):
-            if symbol not in SIZES_OF_SYMBOL:
+            if symbol not in NEEDED_FIELDS:
                 text = f"symbol {symbol!r} at position {position} is not a layer type; use M, *, E or -"
                 yield Problem(("hybrid_layer_pattern",), text)
                 return
 
     def _missing(self) -> Iterator[Problem]:
-        for symbol, names in SIZES_OF_SYMBOL.items():
+        for symbol, names in NEEDED_FIELDS.items():
             zero = [name for name in names if not getattr(self, name)]
             if symbol in self.hybrid_layer_pattern and zero:
                 text = f"{symbol} layers need {', '.join(zero)} above 0"

@@ -77,6 +77,12 @@ class Recipe(Section):
                 break
         return steps
 
+    @property
+    def router_frozen(self) -> bool:
+        """Do the submodels keep the widths that `model.checkpoint` has for them?"""
+        frozen = self.quantize is not None if self.router.frozen is None else self.router.frozen
+        return bool(self.budgets) and frozen
+
     def budget_probabilities(self, stage: Stage) -> dict[str, float]:
         """Probability of every budget in `stage`, in the order of `budgets`; they sum to 1 (or none)."""
         if isinstance(stage.budget_probs, str):

@@ -81,7 +81,7 @@ class _Derived:
             r = recipe.rank
             lines.append(self._calibration("rank", r.samples, r.seq_length, r.micro_batch_size))
         elif (q := recipe.quantize) is not None:
-            what = f"quantize to {q.format}"
+            what = f"quantize to {q.format}, through every submodel"
             lines.append(self._calibration(what, q.samples, q.seq_length, q.micro_batch_size))
         if recipe.job == "train" and recipe.stages:
             lines += self._training()
@@ -123,6 +123,8 @@ class _Derived:
                 yield from _indented(
                     [line for line in (self._batches(stage), self._intervals(stage)) if line]
                 )
+        if recipe.router_frozen:
+            yield "the router is frozen: submodels keep the widths that model.checkpoint has for them"
         tokens = sum(stage.steps * stage.tokens_per_step for stage in recipe.stages)
         yield f"all stages: {recipe.total_steps:,} steps, {tokens:,} tokens"
         if self.first or recipe.stop_after is not None:

@@ -1,6 +1,5 @@
 """Data, optimiser, stages and the other sections of an ordinary training run."""
 
-import math
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
@@ -220,17 +219,6 @@ class Parallel(Section):
     recompute: Literal["none", "full"] = Field(
         default="none", description="full: keep only each layer's input and compute the rest again."
     )
-
-    @property
-    def replicas_per_draw(self) -> int:
-        """Data-parallel ranks whose tokens meet in the same experts, so that they must share a draw.
-
-        A model replica is tensor x context consecutive ranks of a pipeline stage, an expert group expert_tensor x
-        expert of them (Megatron's rank order). Whatever overlaps belongs together, which makes blocks of the
-        least common multiple.
-        """
-        replica = self.tensor * self.context
-        return math.lcm(replica, (self.expert_tensor or self.tensor) * self.expert) // replica
 
 
 class Checkpoint(Section):

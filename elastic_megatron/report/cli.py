@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> dict[str, str] | None:
     # imported here so that `--help` of every command stays fast
     from rich.console import Console
 
-    from elastic_megatron.report.console import family_table, router_table
+    from elastic_megatron.report.console import family_table, quantized_table, router_table
     from elastic_megatron.report.page import write_report
     from elastic_megatron.report.read import read_run
 
@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> dict[str, str] | None:
     console, data = Console(), read_run(args.run_dir)
     if data.submodels:
         console.print(family_table(data.report))
+    if table := quantized_table(args.run_dir):
+        console.print(table)
     if data.routers:
         console.print(router_table(data.routers[-1]))
     console.print(f"wrote {path}", markup=False, soft_wrap=True)

@@ -4,8 +4,9 @@ from collections import defaultdict
 from statistics import median
 
 from elastic_megatron.report import format as say
+from elastic_megatron.report.format import finite
 from elastic_megatron.report.markup import Palette, bar, escape, facts, figure, grid, named, section
-from elastic_megatron.report.read import RunData, budget_of, finite
+from elastic_megatron.report.read import RunData, budget_of
 
 
 def time(run: RunData, palette: Palette) -> str | None:

@@ -1,5 +1,6 @@
-"""The family and the router's choices as terminal tables."""
+"""The family, the router's choices and what quantisation did, as terminal tables."""
 
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -9,7 +10,10 @@ from rich.text import Text
 
 from elastic_megatron.report import format as say
 from elastic_megatron.report.family import cost
-from elastic_megatron.report.read import finite
+from elastic_megatron.report.format import finite
+from elastic_megatron.report.quantized import Json, Quantized
+from elastic_megatron.report.quantized_page import kl, precision, unseen_words
+from elastic_megatron.report.read import read_run
 from elastic_megatron.report.router import certainty
 
 
@@ -107,3 +111,52 @@ def _choice(budget: dict[str, Any], axis: str) -> Text:
     return Text(
         f"{say.width(chosen)} ({say.percent(sure).replace(' ', '')})", style="yellow" if sure < 0.5 else ""
     )
+
+
+def quantized_table(run_dir: Path) -> Table | None:
+    """What the run folder says of quantisation; ``None`` for a run that was not quantised. Writes nothing.
+
+    Three rows a submodel: as it was, after calibration (PTQ), after distillation (QAD). Loss and KL to the teacher are
+    in nats per token, changes are of the loss, bytes are of the weights on disk. Raises ``UserError`` as ``read_run``.
+    """
+    found = read_run(run_dir).quantized
+    if found is None:
+        return None
+    known = found.facts()
+    table = _table(f"{precision(known['format'])}, loss and KL to the teacher in nats per token")
+    table.caption, table.caption_justify = _calibration_words(found), "left"
+    table.add_column("weights", no_wrap=True)
+    for heading in ("loss", "change", "KL", "recovered", "on disk"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    before = precision(known["unquantised_weights"])
+    for name, m in known["submodels"].items():
+        plain, packed = m["bytes"]["unquantised"], m["bytes"]["quantised"]
+        table.add_row(escape(name), *_state(before, m["unquantised"], None, None, plain))
+        table.add_row("", *_state("PTQ", m["ptq"], m["loss_change_ptq"], None, packed))
+        if m["qad"] is not None:
+            table.add_row("", *_state("QAD", m["qad"], m["loss_change_qad"], m["kl_recovered"], packed))
+    return table
+
+
+def _state(words: str, measured: Json, moved: Any, won_back: Any, stored: Any) -> tuple[str, ...]:
+    return (
+        words,
+        _shown(measured["loss"], lambda loss: f"{loss:.4f}"),
+        _shown(moved, say.change),
+        _shown(measured["kl"], kl),
+        _shown(won_back, say.percent),
+        _shown(stored, say.size),
+    )
+
+
+def _calibration_words(found: Quantized) -> str:
+    told = []
+    if finite(tokens := found.calibration.get("tokens")):
+        told.append(f"calibrated on {say.count(tokens)} tokens")
+    if unseen := unseen_words(found.calibration.get("unseen")):
+        told.append(f"experts without a token: {unseen}")
+    if found.stored.sizes:
+        told.append(f"on disk: as an export, BF16 where it is not {precision(found.format)}")
+    if found.stored.kept:
+        told.append(f"not quantised: {', '.join(found.stored.kept)}")
+    return escape("\n".join(told))

@@ -7,8 +7,9 @@ import numpy as np
 
 from elastic_megatron.report import format as say
 from elastic_megatron.report.charts import Candidate, Line, LineChart, pareto_chart
+from elastic_megatron.report.format import finite
 from elastic_megatron.report.markup import Palette, figure, grid, legend, section
-from elastic_megatron.report.read import Json, RunData, budget_of, finite
+from elastic_megatron.report.read import Json, RunData, budget_of
 from elastic_megatron.report.svg import Point
 
 SMOOTHING = 25

@@ -5,8 +5,10 @@ from typing import Any
 
 from elastic_megatron.report import format as say
 from elastic_megatron.report import svg
+from elastic_megatron.report.format import finite
 from elastic_megatron.report.markup import Palette, bar, escape, figure, grid, named, section
-from elastic_megatron.report.read import Json, RunData, finite
+from elastic_megatron.report.quantized import Quantized
+from elastic_megatron.report.read import Json, RunData
 
 FORMATS = {"bf16": "BF16", "fp8": "FP8", "nvfp4": "NVFP4"}
 WIDEST_PAIR = 4
@@ -29,6 +31,8 @@ def header(run: RunData, palette: Palette) -> str:
 def summary(run: RunData) -> str:
     """One or two plain sentences that hold even when parts of the report are missing."""
     members, parent = run.submodels, run.parent
+    if not members and run.quantized is not None:
+        return _quantized_summary(run.quantized)
     if not members:
         steps = run.steps[-1]["step"] if run.steps else 0
         return f"A run of {steps} steps, so far without a finished family." if steps else "A ranked model."
@@ -48,6 +52,18 @@ def summary(run: RunData) -> str:
             side = "above" if gap >= 0 else "below"
             told += f" and ends {abs(gap):.3f} {run.loss_unit} {side} the parent"
         told += "."
+    return told
+
+
+def _quantized_summary(found: Quantized) -> str:
+    known = found.facts()["submodels"]
+    whose = f"{len(known)} nested sizes that share one checkpoint" if len(known) > 1 else "one model"
+    told = f"{found.format.upper() if found.format else 'Calibration'} for {whose}."
+    won_back = [m["kl_recovered"] for m in known.values() if finite(m["kl_recovered"])]
+    if won_back and min(won_back) > 0:
+        told += (
+            f" Distillation won back {say.percent(min(won_back))} or more of the KL that quantisation cost."
+        )
     return told
 
 

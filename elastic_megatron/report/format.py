@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any, TypeGuard
 
 AXIS_TITLES = {
     "hidden_size": "hidden size",
@@ -17,6 +18,11 @@ AXIS_TITLES = {
 }
 LAYER_NAMES = {"M": "Mamba", "E": "MoE", "*": "attention", "-": "FFN"}
 _SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+
+def finite(value: Any) -> TypeGuard[float]:
+    """True for a number that can be drawn; None, NaN and infinities cannot."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def axis_title(axis: str) -> str:
@@ -64,6 +70,11 @@ def loss(value: float) -> str:
 def percent(ratio: float, digits: int = 0) -> str:
     """A ratio as a percentage: ``0.416`` → ``42 %``."""
     return f"{100 * ratio:.{digits}f} %"
+
+
+def change(ratio: float, digits: int = 2) -> str:
+    """A relative change with its sign: ``0.0362`` → ``+3.62 %``."""
+    return f"{100 * ratio:+.{digits}f} %".replace("-", "−")
 
 
 def duration(seconds: float) -> str:

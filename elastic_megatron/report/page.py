@@ -6,6 +6,8 @@ from pathlib import Path
 from elastic_megatron.report import closing, curves, family
 from elastic_megatron.report.importance import importance
 from elastic_megatron.report.markup import Palette, escape
+from elastic_megatron.report.quantized import record
+from elastic_megatron.report.quantized_page import quantized
 from elastic_megatron.report.read import RunData, read_run
 from elastic_megatron.report.router import router
 
@@ -15,9 +17,13 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 def write_report(run_dir: Path, *, report_json: Path | None = None, out: Path | None = None) -> Path:
     """Write the page of a run and return its path (default: ``run_dir/report.html``).
 
-    ``report_json`` replaces the ``report.json`` of the run folder. Raises `UserError` as `read_run` does.
+    ``report_json`` replaces the ``report.json`` of the run folder; without it and ``out``, what a quantised run
+    measured is also written there, under ``quantized``. Raises `UserError` as `read_run` does.
     """
-    page = render(read_run(run_dir, report_json))
+    run = read_run(run_dir, report_json)
+    if run.quantized is not None and report_json is None and out is None:
+        record(run_dir, run.quantized)
+    page = render(run)
     path = out or run_dir / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
@@ -31,6 +37,7 @@ def render(run: RunData) -> str:
         "family": ("Family", family.family(run, palette)),
         "widths": ("Widths", family.widths(run, palette)),
         "pareto": ("Quality", curves.pareto(run, palette)),
+        "quantized": ("Quantisation", quantized(run, palette)),
         "training": ("Training", curves.training(run, palette)),
         "router": ("Router", router(run, palette)),
         "importance": ("Importance", importance(run, palette)),

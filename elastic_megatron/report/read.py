@@ -1,13 +1,13 @@
 """A run folder as data. Everything is optional: what a run has not produced is simply absent."""
 
 import json
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from elastic_megatron.errors import UserError
+from elastic_megatron.report.quantized import Quantized, read_quantized, split
 from elastic_megatron.report.ranking import Ranking, read_ranking
 
 Json = dict[str, Any]
@@ -15,13 +15,17 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunData:
-    """Contents of one run folder; lines are sorted by step, and each step occurs once."""
+    """Contents of one run folder; lines are sorted by step, and each step occurs once.
+
+    ``evals`` of a quantised run are of its quantised weights; what it was before is in ``quantized``.
+    """
 
     title: str
     report: Json = field(default_factory=dict)
     steps: list[Json] = field(default_factory=list)
     evals: list[Json] = field(default_factory=list)
     routers: list[Json] = field(default_factory=list)
+    quantized: Quantized | None = None
     unreadable_lines: int = 0
     ranking: Ranking | None = None
     recipe: str | None = None
@@ -45,6 +49,7 @@ class RunData:
             seen |= dict.fromkeys(sorted(budgets, key=lambda name: -(budgets[name].get("target") or 0)))
         for line in self.evals:
             seen |= dict.fromkeys(line.get("submodels") or {})
+        seen |= dict.fromkeys(self.quantized.names if self.quantized else [])
         for line in self.steps:
             seen |= dict.fromkeys([] if (name := budget_of(line)) is None else [name])
         return list(seen)
@@ -62,11 +67,6 @@ def budget_of(step: Json) -> str | None:
     return budget
 
 
-def finite(value: Any) -> TypeGuard[float]:
-    """True for a number that can be drawn; None, NaN and infinities cannot."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def read_run(run_dir: Path, report_json: Path | None = None) -> RunData:
     """Read ``run_dir``; ``report_json`` defaults to the one inside it.
 
@@ -80,6 +80,8 @@ def read_run(run_dir: Path, report_json: Path | None = None) -> RunData:
         raise UserError(f"{report_json} does not exist; leave it out to use {run_dir / 'report.json'}")
     report = _read_object(report_json or run_dir / "report.json")
     lines, unreadable = _read_lines(run_dir / "metrics.jsonl")
+    evaluated, calibrations = _objects(lines, "eval"), _objects(lines, "calibration")
+    plain, quantised = split(evaluated)
     ranking = read_ranking(run_dir / "ranking.safetensors")
     if not report and not lines and ranking is None:
         raise UserError(
@@ -90,8 +92,9 @@ def read_run(run_dir: Path, report_json: Path | None = None) -> RunData:
         title=str(report.get("name") or run_dir.resolve().name),
         report=report,
         steps=_by_step(line for line in lines if "step" in line),
-        evals=_by_step(line["eval"] for line in lines if isinstance(line.get("eval"), dict)),
-        routers=_by_step(line["router"] for line in lines if isinstance(line.get("router"), dict)),
+        evals=_by_step(quantised or [line for line in plain if "weights" not in line]),
+        routers=_by_step(_objects(lines, "router")),
+        quantized=read_quantized(run_dir, evaluated, calibrations),
         unreadable_lines=unreadable,
         ranking=ranking,
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
@@ -128,6 +131,10 @@ def _read_lines(path: Path) -> tuple[list[Json], int]:
     return lines, unreadable
 
 
-def _by_step(lines: Iterator[Json]) -> list[Json]:
+def _objects(lines: list[Json], key: str) -> list[Json]:
+    return [line[key] for line in lines if isinstance(line.get(key), dict)]
+
+
+def _by_step(lines: Iterable[Json]) -> list[Json]:
     latest = {line.get("step", 0): line for line in lines}
     return [latest[step] for step in sorted(latest)]

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from elastic_megatron.report import format as say
 from elastic_megatron.report import svg
 from elastic_megatron.report.charts import Line, LineChart
+from elastic_megatron.report.format import finite
 from elastic_megatron.report.markup import Palette, escape, figure, grid, legend, named, section
-from elastic_megatron.report.read import Json, RunData, finite
+from elastic_megatron.report.read import Json, RunData
 from elastic_megatron.report.svg import Scale
 
 COLUMNS = 72

@@ -139,11 +139,13 @@ def streams_are_synchronous() -> None:
 
 def mamba_kernels_in_torch() -> None:
     """``MambaSSM is not installed``: ``ssm/mamba_mixer.py`` imports Triton kernels and otherwise derives its
-    gated norm from a mock object.  ``MambaMixer`` itself runs unmodified on :mod:`.ssd`."""
+    gated norm from a mock object.  ``MambaMixer`` itself runs unmodified on :mod:`.ssd`, and without Megatron's own
+    Triton kernels (``0 active drivers``) a decoding step takes the torch path that it has."""
     from megatron.core.ssm import mamba_mixer as module
 
     from elastic_megatron.runtime import ssd
 
+    module.causal_conv1d_update = module.selective_state_update = None
     if module.HAVE_MAMBA_SSM:
         return
     module.ExtendedRMSNorm = sharded_gated_norm()

@@ -79,8 +79,8 @@ KERNELS = (
         "ModelOpt",
         "nvidia-modelopt",
         ("modelopt.torch.quantization",),
-        "quantization to FP8 and NVFP4",
-        "models cannot be quantized",
+        "quantisers for FP8 and NVFP4",
+        "models cannot be quantised",
     ),
 )
 _MEGATRON = Kernel(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -36,7 +37,8 @@ class TorchCoreAttention(MegatronModule):
     """Causal ``scaled_dot_product_attention`` in place of ``TEDotProductAttention``.
 
     Query, key and value come as ``[sequence, batch, heads, head_dim]``, keys and values possibly
-    with fewer heads; the result is ``[sequence, batch, heads * head_dim]``.  Under context parallelism
+    with fewer heads; the result is ``[sequence, batch, heads * head_dim]``.  ``AttnMaskType.no_mask``
+    is a decoding step: the query is the last token, which may see all keys.  Under context parallelism
     each rank holds chunks ``r`` and ``2*cp-1-r`` of the sequence (Megatron's zig-zag order) and gathers
     all keys and values.
     """
@@ -84,7 +86,7 @@ class TorchCoreAttention(MegatronModule):
             k,
             v,
             attn_mask=mask,
-            is_causal=mask is None,
+            is_causal=mask is None and attn_mask_type is not AttnMaskType.no_mask,
             scale=self.softmax_scale,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=q.shape[1] != k.shape[1],

@@ -28,6 +28,11 @@ def job_dir(run_dir: Path, name: str) -> Path:
     return run_dir / "jobs" / name
 
 
+def log_dir(run_dir: Path, name: str) -> Path:
+    """Folder of a job's logs: one of each attempt, and ``latest``, a link to the newest."""
+    return job_dir(run_dir, name) / "logs"
+
+
 def script_path(run_dir: Path, name: str) -> Path:
     return job_dir(run_dir, name) / "job.sbatch"
 
@@ -113,7 +118,7 @@ def _directives(chain: JobChain, job: PlannedJob) -> Iterator[str]:
     if not isinstance(continuation, Once) and job.recipe.job == "train":
         yield f"--signal=B:USR1@{continuation.lead}"
     yield "--no-requeue" if continuation.kind != "requeue" else "--requeue"
-    logs = str(job_dir(chain.run_dir, job.name) / "logs").replace("%", "%%")
+    logs = str(log_dir(chain.run_dir, job.name)).replace("%", "%%")
     yield f"--output={shlex.quote(logs + '/slurm_%j.log')}"
     yield "--open-mode=append"
     yield "--kill-on-invalid-dep=yes"

@@ -14,7 +14,7 @@ from ..recipe import Recipe, load
 from . import record, scheduler
 from .record import Attempt, JobRecord, Record
 from .scheduler import Queued
-from .script import job_dir
+from .script import job_dir, log_dir
 
 _ENDS = {
     "TIMEOUT": "out of time before it had saved; raise slurm.time or slurm.continuation.lead",
@@ -69,7 +69,7 @@ def _state(found: Record, name: str, job: JobRecord, live: Mapping[int, Queued])
     else:
         state, detail = _ended(found, name, job, tries)
     id = queued[0].id if queued else tries[-1].id if tries else job.last
-    log = job_dir(found.run_dir, name) / "logs" / "latest"
+    log = log_dir(found.run_dir, name) / "latest"
     step, steps, loss = _progress(job_dir(found.run_dir, name) / "recipe.yaml")
     shown = str(log) if log.exists() else None
     return JobState(name, state, detail, id, len(tries), step, steps, loss, shown)

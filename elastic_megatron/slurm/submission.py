@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..recipe import JobChain
 from . import record, scheduler
 from .record import JobRecord, Record
-from .script import files_of, job_dir, links, script_path
+from .script import files_of, job_dir, links, log_dir, script_path
 
 # those that decide a run's numbers; a container has its own
 PACKAGES = (
@@ -71,7 +71,7 @@ def write(chain: JobChain) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     for job in chain.jobs:
-        logs = job_dir(chain.run_dir, job.name) / "logs"
+        logs = log_dir(chain.run_dir, job.name)
         if (elsewhere := chain.cluster.log_dir) is None:
             logs.mkdir(exist_ok=True)
         elif not logs.is_symlink() and not logs.exists():

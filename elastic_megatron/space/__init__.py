@@ -5,7 +5,7 @@ from .budget import Budget
 from .layouts import BLOCKS, Segment, TensorLayout, ends, tensors_of, whole_blocks
 from .parent import ParentShape
 from .space import ElasticSpace, stored_order, undeal
-from .stages import stage_layers
+from .stages import replicas_per_draw, stage_layers
 from .submodel import SubmodelSpec
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "TensorLayout",
     "axis",
     "ends",
+    "replicas_per_draw",
     "stage_layers",
     "stored_order",
     "tensors_of",

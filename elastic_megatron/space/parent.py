@@ -58,22 +58,21 @@ _HF_ONLY: Mapping[str, tuple[Any, ...]] = {
     "mamba_hidden_act": ("silu",),
     "sliding_window": (None,),
 }
-# fields that belong to one kind of layer: in a model without such layers their values say nothing
-LAYER_FIELDS: Mapping[str, tuple[str, ...]] = {
-    "M": ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups"),
-    "*": ("num_attention_heads", "num_query_groups", "kv_channels"),
-    "E": (
-        "num_moe_experts", "moe_router_topk", "moe_router_topk_scaling_factor", "moe_ffn_hidden_size",
-        "moe_shared_expert_intermediate_size",
-    ),
-    "-": ("ffn_hidden_size",),
-}  # fmt: skip
-_NEEDS = {
+# what each symbol of a pattern needs; a shared expert is optional, so it is not among them
+NEEDED_FIELDS: Mapping[str, tuple[str, ...]] = {
     "M": ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups"),
     "*": ("num_attention_heads", "num_query_groups", "kv_channels"),
     "E": ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size"),
     "-": ("ffn_hidden_size",),
 }
+# fields that belong to one kind of layer: in a model without such layers their values say nothing
+LAYER_FIELDS: Mapping[str, tuple[str, ...]] = {
+    **NEEDED_FIELDS,
+    "E": (
+        "num_moe_experts", "moe_router_topk", "moe_router_topk_scaling_factor", "moe_ffn_hidden_size",
+        "moe_shared_expert_intermediate_size",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class ParentShape:
                 "(multi-token-prediction layers and pipeline bars are not part of the shape)"
             )
         for symbol in sorted(set(pattern)):
-            if missing := [f for f in _NEEDS[symbol] if getattr(self, f) <= 0]:
+            if missing := [f for f in NEEDED_FIELDS[symbol] if getattr(self, f) <= 0]:
                 raise UserError(f"a {symbol!r} layer needs {', '.join(missing)} > 0 in the model's sizes")
         for whole, part in (
             ("mamba_num_heads", "mamba_num_groups"),

@@ -1,8 +1,9 @@
-"""How the layers of a model are cut into consecutive pipeline parts."""
+"""How ranks share a model: its layers among pipeline parts, its experts among replicas."""
 
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
+from math import lcm
 
 
 def stage_layers(num_layers: int, parts: int) -> tuple[range, ...]:
@@ -22,3 +23,14 @@ def stage_layers(num_layers: int, parts: int) -> tuple[range, ...]:
     long = set(from_the_ends[parts - longer :])
     cuts = [0, *accumulate(size + (part in long) for part in range(parts))]
     return tuple(range(first, end) for first, end in pairwise(cuts))
+
+
+def replicas_per_draw(tensor: int, context: int, expert_tensor: int | None, expert: int) -> int:
+    """Data-parallel ranks whose tokens meet in the same experts, so that they must share a draw of widths.
+
+    A model replica is tensor x context consecutive ranks of a pipeline stage, an expert group expert_tensor (tensor
+    unless given) x expert of them (Megatron's rank order). Whatever overlaps belongs together, which makes blocks of
+    the least common multiple.
+    """
+    replica = tensor * context
+    return lcm(replica, (expert_tensor or tensor) * expert) // replica

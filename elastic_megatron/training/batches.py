@@ -13,6 +13,8 @@ from .. import runtime
 from ..data import blend
 from ..ops.parallel import zigzag
 from ..recipe import Recipe
+from ..recipe.deploy import Quantize
+from ..recipe.training import Stage
 from .curriculum import Curriculum, Place
 from .datasets import check_tokens, dataset
 from .step import MicroBatch
@@ -89,10 +91,21 @@ def micro_batch(
 
 
 def eval_windows(recipe: Recipe) -> list[Tensor]:
-    """The first ``eval_tokens`` tokens of ``data.valid`` in windows of the first stage's length."""
+    """The first ``eval_tokens`` tokens of ``data.valid`` in windows of the first stage's length, or calibration's."""
     if not recipe.data.valid:
         return []
-    length = recipe.stages[0].seq_length
+    length = _first_pass(recipe).seq_length
     count = max(1, recipe.log.eval_tokens // length)
     valid = dataset(recipe, recipe.data.valid, seq_length=length, num_samples=count)
     return [torch.as_tensor(valid[i]["tokens"]) for i in range(min(count, len(valid)))]
+
+
+def eval_batch_size(recipe: Recipe) -> int:
+    """Windows of one forward pass: as many as a micro-batch of that pass has, which is known to fit."""
+    return _first_pass(recipe).micro_batch_size
+
+
+def _first_pass(recipe: Recipe) -> Stage | Quantize:
+    found = recipe.stages[0] if recipe.stages else recipe.quantize
+    assert found is not None
+    return found

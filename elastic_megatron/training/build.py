@@ -14,15 +14,21 @@ from torch import nn
 
 from .. import runtime
 from ..blocks import build_chunks, build_elastic_model, build_model
+from ..checkpoint import tracker
+from ..checkpoint.agreement import ROUTER
+from ..checkpoint.hf_quantised import Quantised
 from ..checkpoint.resolve import budgets
 from ..checkpoint.source import Source, open_source
+from ..checkpoint.torch_dist import DistFiles
 from ..errors import UserError
+from ..quantization.presets import PRESETS
 from ..recipe import Recipe
 from ..router import BudgetRouter
 from ..router.loss import relative_target
-from ..space import ElasticSpace
+from ..space import ElasticSpace, ParentShape
 from .distill import DistilledChunk
 from .family import DTYPES
+from .quantised import QuantisedLinears, Rounding
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,11 @@ class Model:
     space: ElasticSpace | None
     router: BudgetRouter | None
 
+    @property
+    def pairs(self) -> list[DistilledChunk]:
+        """The chunks, each with the teacher's."""
+        return [d.module for d in self.ddp]
+
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Outside training steps: parameters are complete, though their gathering overlaps with steps."""
@@ -55,9 +66,18 @@ class Model:
 
 
 def build_student(
-    recipe: Recipe, source: Source, space: ElasticSpace | None, teacher: Sequence[nn.Module | None] = ()
+    recipe: Recipe,
+    source: Source,
+    space: ElasticSpace | None,
+    teacher: Sequence[nn.Module | None] = (),
+    rounding: Rounding | None = None,
 ) -> Model:
-    """The student, filled from ``source``; ``teacher``: its frozen chunks."""
+    """The student, filled from ``source``.
+
+    Args:
+        teacher: its frozen chunks.
+        rounding: of its linears, where they are quantised.
+    """
     dtype = DTYPES[recipe.model.dtype]
     if dtype is torch.bfloat16 and not recipe.parallel.distributed_optimizer:
         raise UserError(
@@ -71,20 +91,55 @@ def build_student(
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    if space is not None:
-        build = partial(build_elastic_model, space, dtype=dtype, **overrides)
-    else:
-        build = partial(build_model, source.manifest.shape, dtype=dtype, **overrides)
-    chunks = build_chunks(lambda vp_stage: build(vp_stage=vp_stage))
-    source.fill(chunks)
+    chunks = build_chunks(
+        lambda vp_stage: bare_model(recipe, source.manifest.shape, space, vp_stage=vp_stage, **overrides)
+    )
     router = None
-    if space is not None:
+    if space is not None and not recipe.router_frozen:
         router = build_router(recipe, space).to(next(chunks[0].parameters()).device)
+        if rounding is not None:  # the one that chose the widths goes on
+            _check_router(source)
+            chunks[0].budget_router = router
+    source.fill(chunks)
+    if router is not None:
         chunks[0].budget_router = router
+    if rounding is not None:
+        linears(chunks, recipe, source.manifest.shape, rounding.quantised).freeze(rounding.amax)
     for chunk in chunks:
         chunk.train()
     ddp = _distributed(recipe, [DistilledChunk(*pair) for pair in zip_longest(chunks, teacher)])
     return Model(chunks, ddp, _optimizer(recipe, ddp, dtype), space, router)
+
+
+def bare_model(recipe: Recipe, shape: ParentShape, space: ElasticSpace | None, **settings: Any) -> nn.Module:
+    """An empty student, elastic over ``space``; ``settings`` as of ``build_model``.
+
+    Where it will be quantised its leaves are the local ones, which ModelOpt converts one by one: a norm that is fused
+    into a linear would have its output scaled to the kept width after the linear's input was rounded, not before.
+    """
+    dtype = DTYPES[recipe.model.dtype]
+    if recipe.quantize is not None:
+        settings = {"spec": runtime.hybrid_stack_spec("local"), **settings}
+    if space is not None:
+        return build_elastic_model(space, dtype=dtype, **settings)
+    return build_model(shape, dtype=dtype, **settings)
+
+
+def linears(
+    chunks: Sequence[nn.Module], recipe: Recipe, shape: ParentShape, quantised: Quantised
+) -> QuantisedLinears:
+    """The linears of bare chunks that the recipe quantises, with their quantisers."""
+    wanted = recipe.quantize
+    assert wanted is not None
+    return QuantisedLinears(chunks, shape, quantised, PRESETS[wanted.preset].configs[wanted.format])
+
+
+def _check_router(source: Source) -> None:
+    saved = DistFiles(source.path).entries if tracker.is_checkpoint(source.path) else ()
+    if not any(key.startswith(ROUTER) for key in saved):
+        raise UserError(
+            f"router.frozen is false, but {source.path} has no router that could go on; set router.frozen=true"
+        )
 
 
 def build_router(recipe: Recipe, space: ElasticSpace) -> BudgetRouter:

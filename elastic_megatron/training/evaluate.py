@@ -12,37 +12,45 @@ from torch import Tensor, nn
 from .. import runtime
 from ..blocks import forward_only, running
 from ..blocks.forward import Batch
-from ..ops.kd import token_cross_entropy
+from ..ops.kd import forward_kl, token_cross_entropy
 from ..ops.mix import SubmodelMix
 from ..space import ElasticSpace, SubmodelSpec
 
 
-def token_loss(
+def token_losses(
     chunks: Sequence[nn.Module], windows: Sequence[Tensor], *, batch_size: int = 16
-) -> tuple[float, int]:
-    """(mean cross-entropy in nats per token, tokens scored) over windows of token ids.
+) -> dict[str, Any]:
+    """``{"loss", "tokens"}``: mean cross-entropy in nats per token, and tokens scored, over windows of token ids.
 
     Positions 2..n of each window are scored, given those before them in the same window. Data-parallel ranks
     share the windows; every rank of the world returns the result of all.
+
+    Args:
+        chunks: bare, or each with a teacher's (``DistilledChunk``): then ``"kl"`` is the mean KL(teacher || model).
     """
     groups = runtime.groups()
     device = next(chunks[0].parameters()).device
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    paired = any(getattr(chunk, "teacher", None) is not None for chunk in chunks)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
 
     def consume(batch: Batch, logits: Tensor) -> Tensor:
-        loss = token_cross_entropy(logits, batch["labels"], groups.tp) * batch["scored"]
-        return torch.stack([loss.double().sum(), batch["scored"].double().sum()])
+        losses = [token_cross_entropy(logits, batch["labels"], groups.tp)]
+        if paired:
+            losses.append(forward_kl(logits, batch["reference"], groups.tp))
+        of_scored = [(loss * batch["scored"]).double().sum() for loss in losses]
+        return torch.stack([batch["scored"].double().sum(), *of_scored])
 
     for length in sorted({len(w) for w in windows}, reverse=True):
         equal = [w for w in windows if len(w) == length]
         for batches in _batches(equal, batch_size, groups.dp.rank(), groups.dp.size()):
             on_device = [{k: v.to(device) for k, v in batch.items()} for batch in batches]
-            sums += sum(forward_only(chunks, on_device, consume))
+            for found in forward_only(chunks, on_device, consume):
+                sums[: len(found)] += found
     if groups.tp.rank():
         sums.zero_()  # tensor ranks have the same numbers
     torch.distributed.all_reduce(sums)
-    total, count = sums.tolist()
-    return total / count, int(count)
+    count, loss, kl = sums.tolist()
+    return {"loss": loss / count, "tokens": int(count), **({"kl": kl / count} if paired else {})}
 
 
 def _batches(
@@ -77,12 +85,14 @@ def evaluate(
     windows: Sequence[Tensor],
     *,
     batch_size: int = 16,
+    paired: Sequence[nn.Module] = (),
 ) -> dict[str, dict[str, Any]]:
-    """Loss of every submodel, ``{name: {"loss", "tokens"}}``; a model that is not elastic is ``parent``.
+    """``token_losses`` of every submodel, by name; a model that is not elastic is ``parent``.
 
     Args:
         chunks: this rank's pipeline chunks, bare.
         batch_size: windows of one forward pass on a rank.
+        paired: the same chunks, each with a teacher's.
     """
     was_training = chunks[0].training
     device = next(chunks[0].parameters()).device
@@ -95,8 +105,7 @@ def evaluate(
                 mix = SubmodelMix.one_hot(space, spec, device)
                 for chunk in chunks:
                     stack.enter_context(running(chunk, mix))
-            loss, count = token_loss(chunks, windows, batch_size=batch_size)
-        out[name] = {"loss": loss, "tokens": count}
+            out[name] = token_losses(paired or chunks, windows, batch_size=batch_size)
     for chunk in chunks:
         chunk.train(was_training)
     return out

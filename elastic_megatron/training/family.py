@@ -11,8 +11,9 @@ from torch import nn
 
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.source import Source, open_source
+from ..errors import UserError
 from ..recipe import Recipe
-from ..space import ParentShape
+from ..space import ParentShape, SubmodelSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -31,3 +32,17 @@ def parent_source(recipe: Recipe) -> Source:
     assert path is not None, "the recipe checks that one of hf, checkpoint and sizes is there"
     source = open_source(path)
     return source if model.tokenizer is None else replace(source, hf_files=model.tokenizer)
+
+
+def family_of(recipe: Recipe, manifest: Manifest) -> dict[str, SubmodelSpec]:
+    """The submodels of a checkpoint that the recipe's budgets name; all of them where it names none.
+
+    Raises ``UserError`` where one is missing.
+    """
+    if missing := [name for name in recipe.budgets if name not in manifest.submodels]:
+        known = ", ".join(manifest.submodels) or "none"
+        raise UserError(
+            f"budgets.{missing[0]}: model.checkpoint has no submodel of this name; it has {known}: rename or "
+            "remove the budget, or name the checkpoint of a trained family"
+        )
+    return {n: s for n, s in manifest.submodels.items() if not recipe.budgets or n in recipe.budgets}

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
-from .. import runtime
 from ..blocks import build_chunks, build_model, forward_only
 from ..checkpoint import distributed
 from ..checkpoint.agreement import same_on_all_ranks
@@ -24,10 +21,11 @@ from ..importance import Ranking, collect
 from ..importance.depth import squared_error
 from ..recipe import Recipe, dump
 from ..space import ElasticSpace
-from .datasets import check_tokens, dataset
+from .calibration import CalibrationData, shown
+from .datasets import dataset
 from .family import DTYPES, parent_source
 from .start import start_whole_stages
-from .train import check_not_quantized, versions
+from .versions import versions
 
 # relative change of the logits that reordered sums may cause, by data type
 ROUNDING = {"fp32": 1e-4, "bf16": 5e-2}
@@ -94,24 +92,17 @@ def sort_by_importance(
     Raises ``UserError`` where samples do not divide among data-parallel ranks, or the sorted model computes
     something else.
     """
-    settings, device = recipe.rank, next(chunks[0].parameters()).device
-    own = _own_samples(recipe)
-
-    def batches() -> Iterator[dict[str, Tensor]]:
-        for start in range(own.start, own.stop, settings.micro_batch_size):
-            rows = range(start, min(start + settings.micro_batch_size, own.stop))
-            tokens = torch.stack([samples[row]["tokens"] for row in rows])
-            check_tokens(tokens, space.parent.vocab_size)
-            yield {"tokens": tokens.to(device)}
-
-    console = Console(stderr=True)
-    shown = track(
-        batches(), "ranking", total=-(-len(own) // settings.micro_batch_size), transient=True, console=console,
-        disable=not (show and console.is_terminal),
-    )  # fmt: skip
+    device = next(chunks[0].parameters()).device
+    batches = CalibrationData("rank", recipe.rank, samples, space.parent.vocab_size, device)
     dims = space.choices_of("mamba_head_dim") if "mamba_head_dim" in space.axes else None
-    ranking = collect(chunks, space.parent, shown, axes=space.axes, head_dim_kept=dims[-1] if dims else None)
-    probe = next(batches())
+    ranking = collect(
+        chunks,
+        space.parent,
+        shown(batches, "ranking", show=show),
+        axes=space.axes,
+        head_dim_kept=dims[-1] if dims else None,
+    )
+    probe = next(iter(batches))
     before = _logits(chunks, probe)
     sort_model(chunks, space, ranking)
     error = _change(before, _logits(chunks, probe), device)
@@ -124,7 +115,8 @@ def sort_by_importance(
 
 
 def _check(recipe: Recipe) -> None:
-    check_not_quantized(recipe)
+    if recipe.quantize is not None:
+        raise UserError("the recipe has a section quantize; sort first and quantise then: set quantize=null")
     if not recipe.space.choices:
         raise UserError("the recipe has no space.choices, so there is nothing to rank; name the elastic axes")
     if "num_layers" in recipe.space.choices and not recipe.rank.depth:
@@ -133,19 +125,6 @@ def _check(recipe: Recipe) -> None:
         raise UserError("the recipe has no data.train to calibrate on; add prefixes written by prepare-data")
     for problem in check_sequence(recipe.parallel, "rank", recipe.rank.seq_length):
         raise UserError(problem)
-
-
-def _own_samples(recipe: Recipe) -> range:
-    """This data-parallel rank's block of the calibration samples."""
-    replicas, settings = runtime.groups().dp, recipe.rank
-    number = replicas.size()
-    if number > 1 and settings.samples % (settings.micro_batch_size * number):
-        raise UserError(
-            f"rank.samples={settings.samples} is not a multiple of micro_batch_size {settings.micro_batch_size} x "
-            f"{number} data-parallel ranks; choose a multiple of {settings.micro_batch_size * number}"
-        )
-    share = settings.samples // number
-    return range(replicas.rank() * share, (replicas.rank() + 1) * share)
 
 
 def _logits(chunks: Sequence[Any], batch: dict[str, Tensor]) -> list[Tensor]:

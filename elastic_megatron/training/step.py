@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import runtime
 from ..blocks import elastic_stack
 from ..ops.kd import distillation_loss
+from ..ops.mix import SubmodelMix
 from ..ops.parallel import scale_gradient
 from ..recipe import Recipe
 from ..router import BudgetRouter, RouterStep, Schedule, budget_loss
@@ -40,9 +41,19 @@ class ForwardStep:
 
     Every rank of the world calls ``begin`` before the micro-batches of a step, and ``finish`` after them and
     before gradients are reduced over data-parallel ranks.
+
+    Args:
+        frozen: without a router, the widths of each budget.
     """
 
-    def __init__(self, recipe: Recipe, router: BudgetRouter | None, total_steps: int):
+    def __init__(
+        self,
+        recipe: Recipe,
+        router: BudgetRouter | None,
+        total_steps: int,
+        frozen: Mapping[str, SubmodelMix] | None = None,
+    ):
+        self.frozen = frozen or {}
         self.loss = recipe.loss
         self.settings = recipe.router
         self.router = router
@@ -86,6 +97,8 @@ class ForwardStep:
                 identity_weight=self.settings.identity_weight,
             )
             context = elastic_stack(model).running(mix)
+        elif batch.budget in self.frozen:
+            context = elastic_stack(model).running(self.frozen[batch.budget])
         with context:
             output = model(batch.tokens, batch.position_ids, None)
         logits, reference = output if isinstance(output, tuple) else (output, None)

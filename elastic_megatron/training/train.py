@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import signal
 import time
 from dataclasses import dataclass, replace
@@ -18,22 +17,25 @@ from ..checkpoint.manifest import Manifest
 from ..checkpoint.resolve import budgets, elastic_space
 from ..checkpoint.source import Source
 from ..errors import UserError
+from ..ops.mix import SubmodelMix
 from ..recipe import Recipe, dump
 from ..router.table import router_line
 from ..space import ElasticSpace, SubmodelSpec
-from .batches import Batches, eval_windows
+from .batches import Batches, eval_batch_size, eval_windows
 from .build import Model, build_student, build_teacher
 from .curriculum import Curriculum, LearningRate
 from .datasets import check_files
 from .evaluate import evaluate
-from .family import parent_source
+from .family import family_of, parent_source
 from .log import RunLog
+from .quantised import Rounding
+from .quantize import quantize, rounding_of
 from .signals import StopSignal
 from .start import start
 from .step import ForwardStep
+from .versions import versions
 
 LOGGED = ("tokens", "loss", "kd_loss", "router_loss")
-VERSIONED = ("torch", "megatron-core", "transformers", "elastic-megatron")
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,20 @@ class Outcome:
 def train(recipe: Recipe) -> Outcome:
     """Run the recipe's stages up to ``last_step``, resuming from the newest checkpoint of its run folder.
 
-    Where that is complete already, the checkpoint is loaded and nothing else done. Raises ``UserError`` for recipes
-    that cannot run here; every other failure is a defect.
+    Where that is complete already, the checkpoint is loaded and nothing else done. A recipe that quantises begins with
+    ``quantize``, if that was not done. Raises ``UserError`` for recipes that cannot run here; every other failure is a
+    defect.
     """
     _check(recipe)
     check_files(recipe)
+    if recipe.quantize is not None and tracker.newest(recipe.run_dir / "checkpoints") is None:
+        quantize(recipe)
     saved = tracker.newest(recipe.run_dir / "checkpoints")
     source = parent_source(recipe)
-    space = elastic_space(recipe, source.manifest) if recipe.budgets else None
-    main = start(recipe, source.manifest.shape, space).rank == 0
+    space, widths = elastic_space(recipe, source.manifest) if recipe.budgets else None, None
+    if recipe.router_frozen:
+        space, widths = source.manifest.space, family_of(recipe, source.manifest).values()
+    main = start(recipe, source.manifest.shape, space, widths).rank == 0
     # from here on ranks wait for each other, so that they must leave together
     with StopSignal() as stop:
         return _train(recipe, source, space, saved, stop, main)
@@ -73,16 +80,6 @@ def _check(recipe: Recipe) -> None:
         raise UserError("the recipe has no stages, so there is nothing to train; add stages:")
     if not recipe.data.train:
         raise UserError("the recipe has no data.train; add prefixes written by prepare-data")
-    check_not_quantized(recipe)
-
-
-def check_not_quantized(recipe: Recipe) -> None:
-    """Raise ``UserError`` for a recipe with a ``quantize`` section."""
-    if recipe.quantize is not None:
-        raise UserError(
-            f"quantize: {recipe.quantize.format} layers can be described but not trained or ranked by this release; "
-            "remove the section (quantize=null)"
-        )
 
 
 def _train(
@@ -94,10 +91,19 @@ def _train(
     main: bool,
 ) -> Outcome:
     """Build, load and run, on ranks that have been joined."""
-    model = build_student(recipe, source, space, build_teacher(recipe, source))
-    state = distributed.load(saved, model.chunks, optimizer=model.optimizer) if saved else {"step": 0}
+    rounding = rounding_of(recipe, saved) if recipe.quantize is not None and saved is not None else None
+    model = build_student(recipe, source, space, build_teacher(recipe, source), rounding)
+    # what `quantize` saved are the weights that the student has, and no optimizer
+    resumed = saved is not None and not (rounding is not None and tracker.iteration(saved) == 0)
+    state = distributed.load(saved, model.chunks, optimizer=model.optimizer) if resumed else {"step": 0}
     first, curriculum = int(state["step"]), Curriculum(recipe)
-    manifest = replace(source.manifest, space=space, budgets=budgets(recipe), versions=versions())
+    manifest = replace(
+        source.manifest,
+        space=space if recipe.budgets else source.manifest.space,
+        budgets=budgets(recipe),
+        versions=versions(),
+        quantised=rounding.quantised if rounding is not None else None,
+    )
     if main:
         recipe.run_dir.mkdir(parents=True, exist_ok=True)
         (recipe.run_dir / "recipe.yaml").write_text(dump(recipe))
@@ -108,22 +114,30 @@ def _train(
     ) as log, distributed.Saver(
         recipe.run_dir / "checkpoints", keep_last=checkpoint.keep_last, async_save=checkpoint.async_save
     ) as saver:  # fmt: skip
-        return _Run(recipe, curriculum, model, manifest, source, saver, log, stop).steps(first)
+        return _Run(recipe, curriculum, model, manifest, source, saver, log, stop, rounding).steps(first)
 
 
 class _Run:
     """The loop: one optimiser step after another, with evaluation, checkpoints and logs at their intervals."""
 
     def __init__(self, recipe: Recipe, curriculum: Curriculum, model: Model, manifest: Manifest,
-                 source: Source, saver: distributed.Saver, log: RunLog, stop: StopSignal) -> None:  # fmt: skip
+                 source: Source, saver: distributed.Saver, log: RunLog, stop: StopSignal,
+                 rounding: Rounding | None) -> None:  # fmt: skip
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         self.recipe, self.curriculum, self.model, self.log, self.stop = recipe, curriculum, model, log, stop
         self.manifest, self.source, self.saver = manifest, source, saver
-        self.forward_step = ForwardStep(recipe, model.router, curriculum.total_steps)
+        self.rounding = rounding
         self.forward_backward = get_forward_backward_func()
         self.groups = runtime.groups()
         self.device = next(model.chunks[0].parameters()).device
+        self.frozen = family_of(recipe, manifest) if recipe.router_frozen else {}
+        mixes = {
+            name: SubmodelMix.one_hot(model.space, spec, self.device)
+            for name, spec in self.frozen.items()
+            if model.space is not None and spec != model.space.full()
+        }
+        self.forward_step = ForwardStep(recipe, model.router, curriculum.total_steps, mixes)
         self.batches = Batches(curriculum, manifest.shape.vocab_size, self.device)
         self.windows = eval_windows(recipe)
         for chunk in model.ddp:
@@ -188,7 +202,7 @@ class _Run:
             "loss": sums["loss"],
             "kd_loss": sums["kd_loss"] if self.recipe.loss.kind != "cross_entropy" else None,
             "router_loss": sums["router_loss"] if model.router is not None else None,
-            "budget": self.batches.budgets(place) if model.router is not None else None,
+            "budget": self.batches.budgets(place) if self.recipe.budgets else None,
             "lr": lr,
             "grad_norm": float(grad_norm or 0.0),
             "step_ms": round(1e3 * (time.perf_counter() - began), 2),
@@ -222,10 +236,10 @@ class _Run:
         return {n: v / tokens for n, v in zip(LOGGED[1:], means, strict=True)}, asked
 
     def submodels(self) -> dict[str, SubmodelSpec]:
-        """What the router would choose now, per budget."""
+        """What the router would choose now, per budget; the widths that are frozen."""
         router = self.model.router
         if router is None:
-            return {}
+            return self.frozen
         return {b.name: router.choose(b) for b in self.manifest.budgets}
 
     def _report(self, done: int) -> None:
@@ -237,11 +251,19 @@ class _Run:
                 router_line(self.model.router, submodels, done, **self.forward_step.temperatures(done - 1)),
             )
         if self.windows:
-            # windows have the first stage's length, whose micro-batches are known to fit
-            size = self.recipe.stages[0].micro_batch_size
-            results = evaluate(self.model.chunks, self.model.space, submodels, self.windows, batch_size=size)
-            tokens = self.curriculum.tokens_after(done)
-            self.log.event("eval", {"step": done, "tokens": tokens, "submodels": results})
+            quantised = self.rounding is not None
+            results = evaluate(
+                self.model.chunks,
+                self.model.space,
+                submodels,
+                self.windows,
+                batch_size=eval_batch_size(self.recipe),
+                paired=self.model.pairs if quantised or self.frozen else (),
+            )
+            line = {"step": done, "tokens": self.curriculum.tokens_after(done), "submodels": results}
+            if quantised:
+                line["weights"] = self.rounding.quantised.format.name
+            self.log.event("eval", line)
             shown = "  ".join(f"{n} {r['loss']:.4f}" for n, r in results.items())
             self.log.say(f"step {done}: nats per token: {shown}")
 
@@ -253,12 +275,8 @@ class _Run:
             optimizer=self.model.optimizer,
             state={"step": done, "tokens": self.curriculum.tokens_after(done)},
             hf_files=self.source.hf_files,
+            amax=self.rounding.amax if self.rounding is not None else None,
         )
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide a run's numbers."""
-    return {name: importlib.metadata.version(name) for name in VERSIONED}
 
 
 def _due(step: int, interval: int) -> bool:

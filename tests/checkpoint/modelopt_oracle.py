@@ -2,16 +2,23 @@
 
     python modelopt_oracle.py FOLDER
 
-writes ``FOLDER/bf16_NAME``, as we export the model, and ``FOLDER/NAME``, as ModelOpt does, for each format. On a CPU
-ModelOpt can calibrate NVFP4 and pack it, but not run it: no quantised forward is needed here.
+writes ``FOLDER/bf16_NAME``, as we export the model, ``FOLDER/NAME``, as ModelOpt does, and ``FOLDER/run_NAME``, a
+checkpoint of ours with the magnitudes that ModelOpt found, for each format. On a CPU ModelOpt can calibrate NVFP4 and
+pack it, but not run it: no quantised forward is needed here.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from elastic_megatron.checkpoint.amax import Amax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -24,25 +31,51 @@ def main(folder: Path) -> None:
 
     from elastic_megatron import runtime
     from elastic_megatron.blocks import build_model
+    from elastic_megatron.checkpoint.distributed import save
+    from elastic_megatron.checkpoint.hf_quantised import planned
     from elastic_megatron.checkpoint.slice import weights
+    from elastic_megatron.quantization.formats import FORMATS
+    from elastic_megatron.quantization.presets import PRESETS
 
     runtime.start(seed=1)
     tokens = torch.randint(0, EXPORTED.vocab_size, (4, 16), generator=torch.Generator().manual_seed(2))
     positions = torch.arange(16).expand_as(tokens)
-    configs = {"fp8": mtq.MAMBA_MOE_FP8_AGGRESSIVE_CFG, "nvfp4": mtq.MAMBA_MOE_NVFP4_AGGRESSIVE_CFG}
-    for name, config in configs.items():
+    preset = PRESETS["mamba_moe_aggressive"]
+    for form in FORMATS.values():
         model = build_model(EXPORTED, dtype=torch.bfloat16).eval()
-        plain = folder / f"bf16_{name}"
-        write_hf(plain, family(EXPORTED), weights(model.state_dict()).items(), elastic=True)
+        plain = build_model(EXPORTED, dtype=torch.bfloat16)
+        plain.load_state_dict(model.state_dict())
+        bf16 = folder / f"bf16_{form.name}"
+        write_hf(bf16, family(EXPORTED), weights(model.state_dict()).items(), elastic=True)
         with torch.no_grad():
             mtq.quantize(
                 model,
-                config,
+                getattr(mtq, preset.configs[form.name]),
                 lambda m: [m((tokens + i) % EXPORTED.vocab_size, positions, None) for i in range(5)],
             )
+        quantised = planned(form, EXPORTED, preset.blocks, keep_feeding_mamba=False, version="0.47.0")
+        manifest = replace(family(EXPORTED), quantised=quantised)
+        save(folder / f"run_{form.name}", 0, [plain], manifest, hf_files=bf16, amax=found(model))
         export_mcore_gpt_to_hf(
-            model, str(plain), dtype=torch.bfloat16, export_dir=str(folder / name), moe_router_dtype="fp32"
+            model,
+            str(bf16),
+            dtype=torch.bfloat16,
+            export_dir=str(folder / form.name),
+            moe_router_dtype="fp32",
         )
+
+
+def found(model: nn.Module) -> dict[str, Amax]:
+    """The magnitudes of ModelOpt's quantisers."""
+    from elastic_megatron.checkpoint.amax import Amax
+
+    return {
+        f"{name}.weight": Amax(
+            module.weight_quantizer.amax.reshape(()), module.input_quantizer.amax.reshape(())
+        )
+        for name, module in model.named_modules()
+        if hasattr(module, "weight_quantizer") and module.weight_quantizer.is_enabled
+    }
 
 
 if __name__ == "__main__":

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from cli_story import SUBMODELS, Story
+
+from elastic_megatron.quantization.formats import FORMATS
 
 HERE = Path(__file__).parent
 
@@ -52,6 +56,20 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     )
     story.play("report", "report", story.elastic, "--json")
     return story  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def quantised(story: Story) -> Path:
+    """Folder of quantised runs, one a format, which read the tokens of the story."""
+    from quantised_checkpoints import train
+    from quantised_dirs import SHAPE, family
+
+    whole = family(SHAPE.override(vocab_size=264))
+    manifest = replace(whole, submodels={n: whole.submodels[n] for n in ("whole", "middle", "smallest")})
+    root, tokenizer = story.root / "quantised", story.root / "data/tokenizer"
+    for form in FORMATS.values():
+        train(root / form.name, form, manifest=manifest, dtype=torch.float32, hf_files=tokenizer)
+    return root
 
 
 @pytest.fixture

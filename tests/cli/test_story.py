@@ -15,7 +15,7 @@ from cli_story import SUBMODELS, Story, config, done, metrics, refused, run, sna
 from elastic_megatron.checkpoint.manifest import Manifest
 from elastic_megatron.recipe import dump, load
 
-EVALUATED = {"loss", "tokens", "total_params", "active_params"}
+EVALUATED = {"loss", "tokens", "total_params", "active_params", "weights", "weights_bytes"}
 STEP = {"step", "tokens", "loss", "kd_loss", "router_loss", "budget", "lr", "grad_norm", "step_ms"}
 
 

@@ -178,6 +178,12 @@ def test_rows_may_be_any(tmp_path: Path) -> None:
     write_hf(tmp_path / "bf16", source, random_state(SHAPE).items(), elastic=True, dtype=torch.bfloat16)
     pack(tmp_path / "bf16", tmp_path / "q", NVFP4)
     slice_hf(tmp_path / "q", tmp_path / "s", ["mamba_state_dim=5", "num_attention_heads=2"])
+    sizes = {
+        name: read_hf(tmp_path / "s" / name).manifest.shape
+        for name in ("mamba_state_dim=5", "num_attention_heads=2")
+    }
+    assert sizes["mamba_state_dim=5"].mamba_state_dim == 5
+    assert sizes["num_attention_heads=2"].num_attention_heads == 2
 
 
 def test_lanes_are_undone_where_nothing_is_in_blocks(root: Path, tmp_path: Path) -> None:
@@ -192,11 +198,11 @@ def test_lanes_are_undone_where_nothing_is_in_blocks(root: Path, tmp_path: Path)
     assert plain.tensors[key].shape == read_hf(tmp_path / "b").tensors[key].shape
 
 
-def test_a_dtype_is_refused(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"nvfp4 is quantised to NVFP4, whose dtypes are fixed; leave out --dtype"
-    ):
-        to_hf(read_hf(root / "nvfp4"), [Request(tmp_path / "s")], dtype=torch.bfloat16)
+def test_a_dtype_is_that_of_what_is_not_quantised(root: Path, tmp_path: Path) -> None:
+    to_hf(read_hf(root / "nvfp4"), [Request(tmp_path / "s")], dtype=torch.float32)
+    found, was = stored(tmp_path / "s"), stored(root / "nvfp4")
+    wanted = {n: t.float() if t.dtype is torch.bfloat16 else t for n, t in was.items()}
+    assert bits(found) == bits(wanted)
 
 
 def test_the_card_names_the_format(root: Path) -> None:

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Buffer, Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ def test_objects_are_those_of_megatron(tmp_path: Path) -> None:
     write(tmp_path / "c", MODELS["all blocks"], weights(built))
     keys = [key for key, entry in contents(real).items() if entry is None]
 
-    def objects(folder: Path) -> dict[str, object]:
+    def objects(folder: Path) -> dict[str, Any]:
         out = dict.fromkeys(keys)
         dcp.load(out, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
         return out

@@ -8,18 +8,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layout_shapes import DENSE, NANO
 
-from elastic_megatron.cost.block_rules import quantised_tensors, whole_blocks
+from elastic_megatron.checkpoint.hf_quantised import planned_by
+from elastic_megatron.checkpoint.quantised_layers import block_weights
+from elastic_megatron.cost.block_rules import whole_blocks
 from elastic_megatron.cost.remedy import problems_of, remedies
 from elastic_megatron.cost.setting import Setting
 from elastic_megatron.errors import UserError
+from elastic_megatron.recipe.deploy import Quantize
 from elastic_megatron.recipe.training import Parallel
 from elastic_megatron.space import ElasticSpace
 
 BLOCK = 16
 
 
-def setting(shape=NANO, space=None, **layout) -> Setting:  # type: ignore[no-untyped-def]
-    return Setting.of(shape, space, Parallel(**layout), blocks=BLOCK)
+def setting(shape=NANO, space=None, wanted=None, **layout) -> Setting:  # type: ignore[no-untyped-def]
+    weights = block_weights(planned_by(wanted or Quantize(format="nvfp4"), shape), shape)
+    return Setting.of(shape, space, Parallel(**layout), blocks=BLOCK, quantised=weights)
 
 
 def torn(given: Setting) -> bool:
@@ -27,7 +31,7 @@ def torn(given: Setting) -> bool:
     space = given.space or ElasticSpace(given.shape, ())
     fields = {**given.shape.to_dict()}
     ranks = {"moe_ffn_hidden_size": given.parallel.expert_tensor or given.parallel.tensor}
-    for tensor in quantised_tensors(given):
+    for tensor in given.quantised:
         axes = [f for s in tensor.dims[1] for f in s.factors if isinstance(f, str)]
         parts = 1 if axes == ["hidden_size"] else ranks.get(axes[0], given.parallel.tensor)
         total = tensor.shape(fields)[1]
@@ -94,6 +98,38 @@ def test_unquantised_layers_have_no_blocks() -> None:
     shape = replace(DENSE, hybrid_layer_pattern="M*M*", hidden_size=250, kv_channels=17, mamba_head_dim=17)
     assert list(whole_blocks(setting(shape))) == []
     assert list(whole_blocks(setting(replace(shape, hybrid_layer_pattern="*M")))) != []
+    for wanted in ({"keep_feeding_mamba": False}, {"preset": "default"}):
+        assert list(whole_blocks(setting(shape, wanted=Quantize(format="nvfp4", **wanted)))) != []
+
+
+def test_only_weights_in_the_format_have_blocks() -> None:
+    """A rank's 232 columns of an expert tear a block, unless every expert is left alone."""
+    fc2 = "backbone.layers.*.mixer.experts.*.down_proj"
+    for keep, fits in (((), False), ((fc2,), True), (("backbone.layers.1.*",), False)):
+        tried = setting(wanted=Quantize(format="nvfp4", keep=keep), expert_tensor=8)
+        assert (list(whole_blocks(tried)) == []) is fits
+    assert block_weights(planned_by(Quantize(format="fp8"), NANO), NANO) == ()
+
+
+def test_attention_heads_are_blocks_of_their_channels() -> None:
+    shape = replace(
+        DENSE, hybrid_layer_pattern="**", num_attention_heads=8, num_query_groups=2, kv_channels=8
+    )
+    space = ElasticSpace.build(shape, {"num_attention_heads": [4, 8]})
+    whole = Quantize(format="nvfp4", preset="default")
+    assert list(whole_blocks(setting(shape, space, whole))) == []
+    torn = ElasticSpace.build(shape, {"num_attention_heads": [6, 8]})
+    (problem,) = whole_blocks(setting(shape, torn, whole))
+    assert "num_attention_heads=6 leaves 24 in each of 2 parts" in problem.text
+    assert list(whole_blocks(setting(shape, torn))) == []
+
+
+def test_widths_of_a_trained_family_are_not_moved() -> None:
+    space = ElasticSpace.build(NANO, {"moe_ffn_hidden_size": [1000]}, {"moe_ffn_hidden_size": 2})
+    tried = replace(setting(space=space, expert_tensor=2), frozen=True)
+    (problem,) = problems_of(tried)
+    assert remedies(tried, problem) == [{"quantize.format": "fp8"}]
+    assert problem.otherwise == "train with such space.choices.moe_ffn_hidden_size"
 
 
 def test_a_torn_width_moves_to_the_nearest_whole_one() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,13 +13,17 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from elastic_megatron.blocks import build_elastic_model, build_model, running
+from elastic_megatron.checkpoint.amax import Amax
+from elastic_megatron.checkpoint.hf_quantised import planned_by
 from elastic_megatron.cost import rank_memory
 from elastic_megatron.cost.rank_memory import Load
 from elastic_megatron.cost.setting import sizes_of
 from elastic_megatron.ops import SubmodelMix
 from elastic_megatron.ops.kd import distillation_loss
+from elastic_megatron.recipe.deploy import Quantize
 from elastic_megatron.recipe.training import Parallel
 from elastic_megatron.space import ElasticSpace, ParentShape
+from elastic_megatron.training.quantised import QuantisedLinears
 
 TOKENS = 256
 SHAPE = ParentShape(
@@ -95,7 +100,16 @@ def kept(model: Any, mix: SubmodelMix | None) -> int:
     return sum(storages.values())
 
 
-def layer_keeps(symbol: str, elastic: bool) -> int:
+def rounded(model: Any, shape: ParentShape) -> Any:
+    """The model on quantised linears."""
+    quantised = planned_by(Quantize(format="fp8"), shape)
+    linears = QuantisedLinears([model], shape, quantised, "MAMBA_MOE_FP8_AGGRESSIVE_CFG")
+    one = Amax(torch.tensor(1.0), torch.tensor(1.0))
+    linears.freeze({linear.shard.name: one for linear in linears.linears})
+    return model
+
+
+def layer_keeps(symbol: str, elastic: bool, *, quantised: bool = False) -> int:
     """Of one layer: what two keep, less what one keeps."""
     found = []
     for layers in (1, 2):
@@ -111,6 +125,7 @@ def layer_keeps(symbol: str, elastic: bool) -> int:
             model = build_elastic_model(space, dtype=torch.bfloat16).train()
         else:
             model = build_model(shape, dtype=torch.bfloat16).train()
+            model = rounded(model, shape) if quantised else model
         found.append(kept(model, mix))
     return found[1] - found[0]
 
@@ -125,6 +140,22 @@ def test_learning_masks_keep_one_more_of_what_they_multiply(megatron: Any, symbo
     )
     measured = layer_keeps(symbol, True) - layer_keeps(symbol, False)
     assert measured == pytest.approx(with_masks - without, rel=0.01)
+
+
+@pytest.mark.parametrize("symbol", list("M-E"))
+def test_rounded_weights_are_kept_beside_the_weights(megatron: Any, symbol: str) -> None:
+    """And, by a layer of experts, what several of them read."""
+    shape, parallel = SHAPE.override(hybrid_layer_pattern=symbol), sizes_of(Parallel())
+    stored = planned_by(Quantize(format="fp8"), shape).stored_keys(shape)
+    load = Load(TOKENS, 1, rounded=frozenset((layer, layout.name) for layer, layout, _ in stored))
+    plain, with_copies = (
+        rank_memory._layer_bytes(shape, parallel, symbol, each)
+        for each in (replace(load, rounded=frozenset()), load)
+    )
+    largest = {"M": 1296 * 256, "-": 1024 * 256, "E": 384 * 256}[symbol]
+    copies = rank_memory._rounded(shape, parallel, 0, load) - 4 * largest
+    measured = layer_keeps(symbol, False, quantised=True) - layer_keeps(symbol, False)
+    assert measured == pytest.approx(copies + with_copies - plain, rel=0.01)
 
 
 def test_layers_keep_at_least_what_is_counted(megatron: Any) -> None:

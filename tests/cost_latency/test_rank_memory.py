@@ -11,8 +11,9 @@ from layout_shapes import DENSE, NANO
 from elastic_megatron.cost import account, rank_memory
 from elastic_megatron.cost.rank_memory import Load, memory_per_rank, params_per_rank, usable
 from elastic_megatron.cost.setting import sizes_of
+from elastic_megatron.cost.sizes import parent_fields
 from elastic_megatron.recipe.training import Parallel
-from elastic_megatron.space import ParentShape
+from elastic_megatron.space import ParentShape, tensors_of
 
 
 def memory(shape: ParentShape, layout: dict[str, Any] | None = None, **changes: Any) -> dict[str, int]:
@@ -95,6 +96,35 @@ def test_logits_are_of_both_models_and_of_the_last_stage_alone() -> None:
         assert memory(one, layout)["logits"] == memory(one)["logits"] / 2
     ends = [rank_memory._stage(one, sizes_of(Parallel(pipeline=3)), s, Load(64, 2)) for s in range(3)]
     assert [stage["logits"] > 0 for stage in ends] == [False, False, True]
+
+
+def test_rounded_copies_by_hand() -> None:
+    """Two dense layers of 2 x 1000 x 256 numbers, and work on 1000 x 256 of them in fp32."""
+    two = replace(DENSE, hybrid_layer_pattern="--", vocab_size=1000)
+    names = ("mlp.linear_fc1.weight", "mlp.linear_fc2.weight")
+    both = frozenset((layer, name) for layer in range(2) for name in names)
+    one, work = 2 * 1000 * 256, 4 * 1000 * 256
+    assert memory(two)["rounded"] == 0
+    assert memory(two, rounded=both)["rounded"] == 2 * 2 * one + work
+    assert memory(two, rounded=both, dtype="fp32")["rounded"] == 2 * 4 * one + work
+    assert memory(two, {"tensor": 2}, rounded=both)["rounded"] == (2 * 2 * one + work) / 2
+    assert memory(two, {"recompute": "full"}, rounded=both)["rounded"] == 2 * one + work
+    assert memory(two, rounded=both, training=False, teacher=None)["rounded"] == 2 * one / 2 + work
+    assert memory(two, rounded=frozenset({(1, names[0])}))["rounded"] == 2 * one / 2 + work
+    split = [
+        rank_memory._rounded(two, sizes_of(Parallel(pipeline=2)), s, Load(64, 2, rounded=both))
+        for s in (0, 1)
+    ]
+    assert split == [2 * 2 * one + work, 2 * one + work], "the first stage has two micro-batches in flight"
+
+
+def test_rounded_experts_are_those_of_a_rank() -> None:
+    names = {t.name for t in tensors_of("E", parent_fields(NANO)) if t.per_expert}
+    layer = NANO.hybrid_layer_pattern.index("E")
+    rounded = frozenset((layer, name) for name in names)
+    expert = NANO.moe_ffn_hidden_size * NANO.hidden_size
+    found = memory(NANO, {"expert": 8, "expert_tensor": 2}, rounded=rounded)["rounded"]
+    assert found == 2 * 2 * 128 / 8 * expert / 2 + 4 * expert / 2
 
 
 def test_a_teacher_of_another_shape_weighs_what_it_is() -> None:

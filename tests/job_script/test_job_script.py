@@ -227,3 +227,41 @@ def test_the_resolved_chain_means_the_same_jobs(tmp_path: Path) -> None:
         files_of(again)[chain.run_dir / "jobs/train/job.sbatch"]
         == files_of(chain)[chain.run_dir / "jobs/train/job.sbatch"]
     )
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+@pytest.mark.parametrize("runtime", CLUSTERS)
+def test_a_job_that_quantises_runs_on_its_ranks_as_one_that_ranks_does(
+    tmp_path: Path, runtime: str, launcher: str
+) -> None:
+    """In any layout, without signals: it has no checkpoint on its way."""
+    text = (
+        CLUSTERS[runtime].format(bin=tmp_path / "bin", root=tmp_path)
+        + f"\nlauncher: {launcher}\ngpus_per_node: 2\n"
+    )
+    (tmp_path / "cluster.yaml").write_text(text)
+    (tmp_path / "bin").mkdir()
+    common = (
+        "run_dir: run\nmodel: {hf: parent}\ndata: {train: [{path: text, weight: 1}]}\nslurm: {nodes: 2}\n"
+    )
+    (tmp_path / "rank.yaml").write_text(f"name: r\njob: rank\n{common}")
+    (tmp_path / "quantize.yaml").write_text(f"name: r\njob: quantize\nquantize: {{format: fp8}}\n{common}")
+    jobs = "{rank: {recipe: rank.yaml}, quantize: {recipe: quantize.yaml}}"
+    (tmp_path / "chain.yaml").write_text(f"name: c\ncluster: cluster.yaml\nrun_dir: runs\njobs: {jobs}\n")
+    files = files_of(load_jobs(tmp_path / "chain.yaml"))
+    ranked, quantised = (files[tmp_path / "runs/jobs" / name / "job.sbatch"] for name in ("rank", "quantize"))
+    recipe = tmp_path / "runs/jobs/quantize/recipe.yaml"
+    assert f"elastic-megatron quantize {recipe}" in quantised and "--signal=" not in quantised
+    renamed = ranked.replace("jobs/rank", "jobs/quantize").replace("c.rank", "c.quantize")
+    assert (
+        renamed.replace("Job rank", "Job quantize").replace("megatron rank", "megatron quantize") == quantised
+    )
+    assert load_jobs(recipe_chain(tmp_path, files)).job("quantize").recipe.quantize is not None
+
+
+def recipe_chain(folder: Path, files: dict[Path, str]) -> Path:
+    """The written chain, which loads by itself."""
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder / "runs/chain.yaml"

@@ -61,6 +61,23 @@ TRAIN = """
     parallel: {tensor: 2, sequence: true, expert: 4, expert_tensor: 1, context: 2}
     slurm: {nodes: 2, continuation: {kind: requeue, lead: 300}}
 """
+PTQ = """
+    extends: base.yaml
+    job: quantize
+    run_dir: runs/ptq
+    model: {checkpoint: runs/train}
+    quantize: {format: nvfp4, samples: 64, seq_length: 256}
+    parallel: {tensor: 2, sequence: true, expert: 4, expert_tensor: 1}
+    slurm: {nodes: 1}
+"""
+QAD = """
+    extends: train.yaml
+    run_dir: runs/qad
+    model: {checkpoint: runs/train}
+    quantize: {format: nvfp4, samples: 64, seq_length: 256}
+    stages:
+      - {name: qad, tokens: 1e5, seq_length: 1024, global_batch_size: 32, micro_batch_size: 2}
+"""
 EXPORT = """
     extends: base.yaml
     job: export
@@ -77,9 +94,20 @@ CHAIN = """
       train: {recipe: train.yaml, after: [rank]}
       export: {recipe: export.yaml, after: [train]}
 """
+QUANTISED_CHAIN = """
+    name: toy
+    cluster: cluster.yaml
+    run_dir: runs
+    jobs:
+      rank: {recipe: rank.yaml}
+      train: {recipe: train.yaml, after: [rank]}
+      ptq: {recipe: ptq.yaml, after: [train]}
+      qad: {recipe: qad.yaml, after: [train]}
+      export: {recipe: export.yaml, after: [qad]}
+"""
 FILES = {
     "cluster.yaml": CLUSTER, "base.yaml": BASE, "rank.yaml": RANK, "train.yaml": TRAIN, "export.yaml": EXPORT,
-    "chain.yaml": CHAIN,
+    "chain.yaml": CHAIN, "ptq.yaml": PTQ, "qad.yaml": QAD,
 }  # fmt: skip
 
 
@@ -104,6 +132,12 @@ def write_chain(folder: Path, **texts: str) -> Path:
     for name in ("train", "valid"):
         write_data(folder / "data" / name)
     return folder / "chain.yaml"
+
+
+def write_quantised_chain(folder: Path, **texts: str) -> Path:
+    """The same with a family that is quantised in two ways, and exported as the second leaves it."""
+    own = {"chain": QUANTISED_CHAIN, "export": EXPORT.replace("runs/train", "runs/qad")}
+    return write_chain(folder, **{**own, **texts})
 
 
 def findings(chain: Path, *overrides: str) -> list[Finding]:

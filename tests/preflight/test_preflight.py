@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from chain_files import EXPORT, SHAPE, TRAIN, findings, remedies, write_chain, write_data, write_model
+from chain_files import SHAPE, findings, remedies, write_chain, write_data, write_model
 
 from elastic_megatron.cost.remedy import problems_of
 from elastic_megatron.cost.setting import Setting
@@ -67,7 +67,6 @@ SETTINGS: dict[str, tuple[list[str], str, str]] = {
                             "train", "parallel.tensor=4 spans nodes of 2 ranks"),
     "positions": (["train.stages.1.seq_length=8192"], "train", "stages.1.seq_length=8192 is longer than"),
     "optimizer": (["train.parallel.distributed_optimizer=false"], "train", "parallel.distributed_optimizer is false"),
-    "quantised training": (["train.quantize.format=nvfp4"], "train", "training with quantize is not built yet"),
     "submodel": (["export.export.submodels=[smal]"], "export", "there will be no smal, but large, small"),
     "depth": (["rank.space.choices.num_layers=[4,8]"], "rank", "num_layers is elastic, but rank.depth is false"),
     "small budget": (["train.budgets.small.target=0.2"], "train",
@@ -123,57 +122,6 @@ def test_several_findings_come_at_once_errors_first(tmp_path: Path) -> None:
         ("rank", "warning"),
     ]
     assert str(found[0]).startswith("rank: rank: samples=63")
-
-
-NVFP4 = """
-    quantize: {format: nvfp4}
-"""
-
-
-@pytest.mark.parametrize(
-    ("overrides", "says"),
-    [
-        (
-            ["train.space.choices.moe_ffn_hidden_size=[48,128]"],
-            "moe_ffn_hidden_size=48 leaves 24 in each of 2 parts",
-        ),
-        (
-            ["train.space.choices.hidden_size=[120,256]"],
-            "hidden_size=120 leaves 120 of them, multiples of 16",
-        ),
-        (
-            [
-                "parent.hidden_size=192",
-                "rank.space.choices.hidden_size=[120,192]",
-                "rank.space.granule={hidden_size: 24}",
-                "train.space.choices.hidden_size=[120,192]",
-                "train.space.granule={hidden_size: 24}",
-            ],
-            "hidden_size=120 leaves 120 of them, multiples of 16",
-        ),
-        (["parent.moe_shared_expert_intermediate_size=72"], "size=72 leaves 36 in each of 2 parts"),
-    ],
-)
-def test_nvfp4_takes_whole_blocks_of_every_rank_and_lane(
-    tmp_path: Path, overrides: list[str], says: str
-) -> None:
-    """Quantised training is refused as long as it is not built, and checked all the same."""
-    chain = write_chain(tmp_path, train=TRAIN + NVFP4)
-    own = [o for o in overrides if not o.startswith("parent.")]
-    for override in set(overrides) - set(own):
-        name, _, value = override.removeprefix("parent.").partition("=")
-        write_model(tmp_path / "parent", replace(SHAPE, **{name: int(value)}))
-    refused, found = findings(chain, *own)
-    assert "not built yet" in refused.text and says in found.text
-    assert ["train.quantize.format=fp8"] in remedies(found)
-    for way in remedies(found):
-        assert [f.text for f in findings(chain, *own, *way)] == [refused.text]
-
-
-def test_quantize_jobs_are_refused_in_one_line(tmp_path: Path) -> None:
-    chain = write_chain(tmp_path, export=EXPORT.replace("job: export", "job: quantize") + NVFP4)
-    (found,) = findings(chain, "export.export=null")
-    assert found.job == "export" and found.text.startswith("quantize jobs are not built yet")
 
 
 TABLE = "metric: latency, target: 0.7, table: times.json"

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
+from modelopt.torch.quantization.tensor_quant import fp8_eager
 from torch import Tensor
 
 from elastic_megatron.quantization import fp8, nvfp4
 from elastic_megatron.quantization.formats import FP8, NVFP4
 from elastic_megatron.quantization.packing import fake_quantise
-
-pytest.importorskip("modelopt.torch.quantization")
-from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
-from modelopt.torch.quantization.tensor_quant import fp8_eager
 
 DTYPES = [torch.float32, torch.bfloat16]
 

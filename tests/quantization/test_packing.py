@@ -20,7 +20,14 @@ from elastic_megatron.quantization.formats import (
     WEIGHT_SCALE_2,
     Format,
 )
-from elastic_megatron.quantization.packing import dequantise, fake_quantise, quantise
+from elastic_megatron.quantization.packing import (
+    dequantise,
+    fake_quantise,
+    part_rows,
+    quantise,
+    rounded,
+    scale_of,
+)
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 ONE = torch.tensor(1.0)
@@ -151,6 +158,30 @@ def test_what_is_read_back_is_packed_to_itself(weight: Tensor) -> None:
     once = nvfp4.dequantise(nvfp4.pack(nvfp4.codes(weight, scales, scale)), scales, scale, torch.float32)
     again = nvfp4.dequantise(nvfp4.pack(nvfp4.codes(once, scales, scale)), scales, scale, torch.float32)
     assert torch.equal(once, again)
+
+
+@given(WEIGHTS, st.floats(0.3, 2))
+def test_rounding_is_packing_and_reading_back(weight: Tensor, share: float) -> None:
+    """Also where the frozen magnitude is no longer the largest; and parts are the same alone and by rows."""
+    amax = share * weight.abs().max().float()
+    for form in (FP8, NVFP4):
+        parts = quantise(form, weight, amax, ONE)
+        read = dequantise(form, parts, weight.dtype)
+        for found in (fake_quantise(form, weight, amax), rounded(form, weight, scale_of(form, amax))):
+            assert found.dtype is weight.dtype
+            assert torch.equal(found.view(torch.uint8), read.view(torch.uint8))
+        for part in form.parts:
+            if part.columns:
+                own = torch.cat([part_rows(form, part, row[None], amax) for row in weight])
+                assert torch.equal(own.view(torch.uint8), parts[part.suffix].view(torch.uint8))
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_a_scale_may_have_a_dimension(form: Format) -> None:
+    """Input scales of FP8 are [1] on disk, and BF16 inputs stay BF16 in the quotient."""
+    values, scale = torch.randn(3, 2, 32).bfloat16(), scale_of(form, torch.tensor(2.5))
+    assert torch.equal(rounded(form, values, scale.reshape(1)), rounded(form, values, scale))
+    assert rounded(form, values[:0], scale).shape == (0, 2, 32)
 
 
 def test_fp8_values_beyond_the_largest_are_the_largest() -> None:

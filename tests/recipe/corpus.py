@@ -109,6 +109,20 @@ export:
 slurm:
   cluster: site/cluster.yaml
 """,
+    # not in the chain
+    "ptq.yaml": """\
+extends: base.yaml
+name: team-fp8
+job: quantize
+run_dir: runs/ptq
+model: {hf: null, checkpoint: runs/elastic}
+quantize:
+  format: fp8
+  preset: mamba_moe_aggressive
+  keep_feeding_mamba: true
+  keep: [lm_head]
+  samples: 1024
+""",
 }
 
 

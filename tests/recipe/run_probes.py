@@ -31,7 +31,18 @@ from elastic_megatron.errors import UserError
 from elastic_megatron.ops.mix import SubmodelMix
 from elastic_megatron.recipe import Recipe
 from elastic_megatron.router.loss import budget_loss
-from elastic_megatron.training import batches, build, curriculum, datasets, family, rank, start, step, train
+from elastic_megatron.training import (
+    batches,
+    build,
+    curriculum,
+    datasets,
+    family,
+    quantize,
+    rank,
+    start,
+    step,
+    train,
+)
 
 
 class Stop(Exception):
@@ -61,7 +72,8 @@ def plain(value: Any) -> Any:
 
 
 def source_of(recipe: Recipe) -> Any:
-    return SimpleNamespace(manifest=parent_manifest(recipe), fill=lambda chunks: None, path=Path("source"))
+    manifest, path = parent_manifest(recipe), Path("source")
+    return SimpleNamespace(manifest=manifest, fill=lambda chunks: None, path=path, inputs=None, hf_files=None)
 
 
 def space_of(recipe: Recipe) -> Any:
@@ -263,6 +275,58 @@ def ranking(recipe: Recipe) -> Any:
         except Stop as seen:
             return seen.seen
     raise AssertionError("the pass did not reach its data")
+
+
+class Linears:
+    """Quantised linears that tell how they were asked for, once calibration is over."""
+
+    def __init__(self, chunks: Any, shape: Any, quantised: Any, config: str) -> None:
+        self.seen = [quantised.file, config]
+
+    def collect(self) -> None:
+        """Inputs follow."""
+
+    def calibrate(self) -> None:
+        raise Stop(self.seen)
+
+
+def quantising(recipe: Recipe) -> Any:
+    """The linears that `quantize` asks for and ModelOpt's configuration; its data, and every micro-batch of it."""
+    seen: list[Any] = []
+    chunk = nn.Linear(1, 1)
+    chunk.vocab_size = 64  # type: ignore[assignment]
+
+    def data(recipe: Recipe, sources: Any, **settings: Any) -> Tokens:
+        seen.append(settings)
+        return Tokens(**settings)
+
+    with patched(
+        parent_source=(quantize, source_of),
+        newest=(quantize.tracker, lambda _: None),
+        check_files=(quantize, lambda _: None),
+        start_whole_stages=(quantize, lambda *_: SimpleNamespace(rank=1)),
+        same_on_all_ranks=(quantize, lambda _: contextlib.nullcontext()),
+        build_chunks=(quantize, lambda _: [chunk]),
+        build_teacher=(quantize, lambda *_: []),
+        QuantisedLinears=(build, Linears),
+        dataset=(quantize, data),
+        forward_only=(quantize, lambda chunks, batch, _: seen.extend(tuple(b["tokens"].shape) for b in batch)),
+        evaluate=(quantize, lambda *_, **__: {}),
+        RunLog=(quantize, lambda *_, **__: contextlib.nullcontext(SimpleNamespace(event=lambda *_: None))),
+    ), pytest.raises(Stop) as caught:  # fmt: skip
+        quantize.quantize(recipe)
+    return caught.value.seen, seen  # type: ignore[misc]
+
+
+def trained_router(recipe: Recipe) -> Any:
+    """Is there a router beside the student?"""
+    with patched(
+        build_chunks=(build, lambda _: [nn.Linear(1, 1)]),
+        DistilledChunk=(build, lambda *_: None),
+        _distributed=(build, lambda *_: []),
+        _optimizer=(build, lambda *_: None),
+    ):
+        return [build.build_student(recipe, source_of(recipe), space_of(recipe)).router is not None]
 
 
 def exports(recipe: Recipe) -> Any:

@@ -237,6 +237,23 @@ RULES = {
     "no time to save": Slip("stage1.yaml", '  time: "2-00:00:00"\n  continuation: {kind: requeue, lead', '  time: "0:10:00"\n  continuation: {kind: requeue, ‸lead', "slurm.continuation.lead: 600 s before the end of a job of 0:10:00 is before its beginning"),
 }  # fmt: skip
 
+QUANTISING = {
+    "unknown format": Slip("ptq.yaml", "format: fp8", "‸format: int8", "quantize.format: must be 'fp8' or 'nvfp4', got 'int8'", target="ptq.yaml"),
+    "unknown preset": Slip("ptq.yaml", "preset: mamba_moe_aggressive", "‸preset: mamba_moe_agressive", "quantize.preset: must be 'default', 'mamba_moe_aggressive' or 'mamba_moe_conservative', got 'mamba_moe_agressive', did you mean 'mamba_moe_aggressive'?", target="ptq.yaml"),
+    "preset of ModelOpt": Slip("ptq.yaml", "preset: mamba_moe_aggressive", "‸preset: FP8_DEFAULT_CFG", "quantize.preset: must be 'default', 'mamba_moe_aggressive' or 'mamba_moe_conservative', got 'FP8_DEFAULT_CFG'", target="ptq.yaml"),
+    "no format": Slip("ptq.yaml", "  format: fp8\n", "", "quantize: required key 'format' is missing", at="ptq.yaml:6:1", target="ptq.yaml"),
+    "misspelt key of quantize": Slip("ptq.yaml", "  keep_feeding_mamba:", "  ‸keep_feeding_mambas:", "quantize: unknown key 'keep_feeding_mambas', did you mean 'keep_feeding_mamba'?", target="ptq.yaml"),
+    "number for keep_feeding_mamba": Slip("ptq.yaml", "keep_feeding_mamba: true", "‸keep_feeding_mamba: 1", "quantize.keep_feeding_mamba: must be true or false, got 1", target="ptq.yaml"),
+    "text for keep": Slip("ptq.yaml", "keep: [lm_head]", "‸keep: lm_head", "quantize.keep: must be a list, got 'lm_head'", target="ptq.yaml"),
+    "keep that is no name": Slip("ptq.yaml", "keep: [lm_head]", "keep: [lm_head, ‸'lm head']", "quantize.keep[1]: 'lm head' is no name of modules and no pattern", target="ptq.yaml"),
+    "no samples": Slip("ptq.yaml", "samples: 1024", "‸samples: 0", "quantize.samples: must be greater than 0, got 0", target="ptq.yaml"),
+    "quantising random weights": Slip("ptq.yaml", "job: quantize\nrun_dir: runs/ptq\nmodel: {hf: null, checkpoint: runs/elastic}", "‸job: quantize\nrun_dir: runs/ptq\nmodel: {hf: null, sizes: {hybrid_layer_pattern: '-', hidden_size: 96, vocab_size: 8, ffn_hidden_size: 64}}\nspace: null", "job: 'quantize' needs model.checkpoint or model.hf: model.sizes starts from random weights", target="ptq.yaml"),
+    "nothing to calibrate on": Slip("ptq.yaml", "job: quantize", "‸job: quantize\ndata: {train: []}", "job: 'quantize' needs data.train to calibrate on", target="ptq.yaml"),
+    "ranking under quantize": Slip("ptq.yaml", "job: quantize\nrun_dir: runs/ptq\nmodel: {hf: null, checkpoint: runs/elastic}\nquantize:", "job: rank\nrun_dir: runs/ptq\n‸quantize:", "quantize: has no effect on 'rank', which sorts the weights as they are; null removes an inherited section", target="ptq.yaml"),
+    "frozen without budgets": Slip("rank.yaml", "job: rank", "router: {‸frozen: true}\njob: rank", "router.frozen: needs budgets: names of submodels of model.checkpoint"),
+    "word for frozen": Slip("stage1.yaml", "budgets:", "router: {‸frozen: always}\nbudgets:", "router.frozen: must be true or false, got 'always'"),
+}  # fmt: skip
+
 OVERRIDES = {
     "without a value": Slip(overrides=("stage1.seed",), says="write it as key=value", at="command line `stage1.seed`"),
     "without a value or a job": Slip(overrides=("fast",), says="write it as JOB.key=value", at="command line `fast`"),
@@ -266,5 +283,5 @@ OVERRIDES = {
 }  # fmt: skip
 
 GROUPS = {"typo": TYPOS, "misplaced": MISPLACED, "value": VALUES, "secret": SECRETS, "variable": VARIABLES,
-          "file": READING, "yaml": YAML, "rule": RULES, "override": OVERRIDES}  # fmt: skip
+          "file": READING, "yaml": YAML, "rule": RULES, "quantize": QUANTISING, "override": OVERRIDES}  # fmt: skip
 SLIPS = {f"{group}: {name}": slip for group, slips in GROUPS.items() for name, slip in slips.items()}

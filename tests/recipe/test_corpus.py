@@ -104,7 +104,7 @@ def test_slip_in_a_process_of_its_own(team: Path, case: str) -> None:
 HIDING = {
     "typo: jobs of the chain", "typo: key of a job", "value: list of jobs", "value: file for a job", "value: no recipe",
     "misplaced: a recipe for a cluster file", "misplaced: a cluster file for a recipe", "misplaced: a chain in a chain",
-    "misplaced: links without a chain", "variable: not set, file", "variable: in brackets, without quotes",
+    "misplaced: links without a chain", "misplaced: links above a chain", "variable: not set, file", "variable: in brackets, without quotes",
 }  # fmt: skip
 TOGETHER = {
     name: slip

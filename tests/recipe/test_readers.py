@@ -205,6 +205,7 @@ ROUTER: dict[str, Case] = {
     "router.dead_zone": Case(run.losses, "router.dead_zone=0.5"),
     "router.identity_weight": Case(run.losses, "router.identity_weight=1", ("router.pin_full=false",)),
     "router.pin_full": Case(run.losses, "router.pin_full=false"),
+    "router.frozen": Case(run.trained_router, "router.frozen=true"),
     "router.lr": Case(run.optimizer, "router.lr=0.1"),
     "loss.kind": Case(run.losses, "loss.kind=reverse_kl"),
     "loss.temperature": Case(run.losses, "loss.temperature=2"),
@@ -248,14 +249,22 @@ EXPORTS: dict[str, Case] = {
     "export.plain_order": Case(run.exports, "export.plain_order=true", file="export"),
     "export.verify": Case(run.exports, "export.verify=false", file="export"),
 }
-QUANTIZE = ("second.job=quantize", "second.quantize={format: fp8}", "second.data.valid=[]")
+# attention behind a Mamba layer, and no submodels: those come with a checkpoint
+QUANTISED = (
+    "model.sizes.hybrid_layer_pattern='ME-M*'", "budgets=", "loss.kind=cross_entropy",
+    "quantize={format: fp8, samples: 8, seq_length: 8, micro_batch_size: 2}",
+)  # fmt: skip
+QUANTIZE: dict[str, Case] = {
+    "quantize.format": Case(run.quantising, "quantize.format=nvfp4", QUANTISED),
+    "quantize.preset": Case(run.quantising, "quantize.preset=mamba_moe_conservative", QUANTISED),
+    "quantize.keep_feeding_mamba": Case(run.quantising, "quantize.keep_feeding_mamba=false", QUANTISED),
+    "quantize.keep": Case(run.quantising, "quantize.keep=['backbone.layers.0.*']", QUANTISED),
+    "quantize.samples": Case(run.quantising, "quantize.samples=12", QUANTISED),
+    "quantize.seq_length": Case(run.quantising, "quantize.seq_length=16", QUANTISED),
+    "quantize.micro_batch_size": Case(run.quantising, "quantize.micro_batch_size=4", QUANTISED),
+}
 JOBS: dict[str, Case] = {
     "job": Case(job.scripts, "second.job=rank", file="chain"),
-    # quantised jobs are planned, and refused to run
-    "quantize.format": Case(job.derived, "second.quantize.format=nvfp4", QUANTIZE, "chain"),
-    "quantize.samples": Case(job.plans, "second.quantize.samples=99", QUANTIZE, "chain"),
-    "quantize.seq_length": Case(job.plans, "second.quantize.seq_length=99", QUANTIZE, "chain"),
-    "quantize.micro_batch_size": Case(job.derived, "second.quantize.micro_batch_size=9", QUANTIZE, "chain"),
     "slurm.cluster": Case(job.scripts, "slurm.cluster=other.yaml", ("slurm.cluster=cluster.yaml",)),
     "slurm.nodes": Case(job.scripts, "second.slurm.nodes=3", file="chain"),
     "slurm.ranks_per_node": Case(job.scripts, "second.slurm.ranks_per_node=1", file="chain"),
@@ -330,7 +339,7 @@ CHAINS: dict[str, Case] = {
     "jobs{}.recipe": Case(job.scripts, "jobs.second.recipe=export.yaml", file="chain"),
     "jobs{}.after": Case(job.scripts, "jobs.second.after=[]", file="chain"),
 }
-RECIPES = LAYOUT | MODEL | DATA | ROUTER | OPTIMIZER | RUN | RANK | EXPORTS | JOBS
+RECIPES = LAYOUT | MODEL | DATA | ROUTER | OPTIMIZER | RUN | RANK | QUANTIZE | EXPORTS | JOBS
 CASES = {("recipe", leaf): case for leaf, case in RECIPES.items()}
 CASES |= {("cluster", leaf): case for leaf, case in CLUSTERS.items()}
 CASES |= {("chain", leaf): case for leaf, case in CHAINS.items()}

@@ -12,8 +12,12 @@ from typing import Any, get_args
 import pytest
 import yaml
 
+from elastic_megatron.checkpoint.quantised_layers import checked_of
 from elastic_megatron.cost.layout import check_layout
+from elastic_megatron.quantization.formats import FORMATS
+from elastic_megatron.quantization.presets import PRESETS
 from elastic_megatron.recipe import Chain, Cluster, Recipe, dump, elastic, json_schema, load, load_jobs, model
+from elastic_megatron.recipe.deploy import Quantize
 from elastic_megatron.recipe.document import Node
 from elastic_megatron.recipe.gpus import GPUS
 from elastic_megatron.recipe.load import KINDS, open_file, read
@@ -47,8 +51,9 @@ def sizes_of(folder: Path) -> ParentShape:
 def test_the_folders_hold_what_their_readers_expect() -> None:
     common = {"base", "rank", "stage1", "stage2", "export", "chain"}
     held = {folder: {path.stem for path in folder.glob("*.yaml")} for folder in FOLDERS}
-    assert held[TINY] == common | {"parent", "elastic"}
-    assert held[NANO] == common | {"plan", "ptq_fp8", "qad_nvfp4"}
+    quantised = {"ptq_fp8", "qad_nvfp4", "export_nvfp4"}
+    assert held[TINY] == common | quantised | {"parent", "elastic"}
+    assert held[NANO] == common | quantised | {"plan"}
     assert held[V2] == common | {"plan"}
     assert {path.stem for path in CLUSTERS} == {"example", "local"}
 
@@ -175,9 +180,11 @@ PUBLISHED: dict[Path, dict[str, Any]] = {
 }
 QAD = {
     "quantize.format": "nvfp4", "stages.0.tokens": 5e9, "stages.0.seq_length": 49152, "loss.kind": "forward_kl",
-    "loss.ce_weight": 0.0, "loss.temperature": 1.0, "teacher": {}, "optimizer.schedule": "constant",
-    "optimizer.lr": 5e-6, "optimizer.warmup_steps": 0,
+    "loss.ce_weight": 0.0, "loss.temperature": 1.0, "optimizer.schedule": "constant", "optimizer.lr": 5e-6,
+    "optimizer.warmup_steps": 0,
 }  # fmt: skip
+# What the official low-precision checkpoints of the Nano 30B leave in BF16, by preset.
+OFFICIAL = {"preset": "mamba_moe_aggressive", "keep_feeding_mamba": True, "keep": []}
 
 
 def value(recipe: Recipe, dotted: str) -> Any:
@@ -198,14 +205,28 @@ def test_quantised_distillation_and_ptq_have_their_published_numbers() -> None:
     qad, ptq = load(NANO / "qad_nvfp4.yaml"), load(NANO / "ptq_fp8.yaml")
     assert {key: value(qad, key) for key in QAD} == QAD
     assert len(qad.stages) == 1 and (qad.job, ptq.job) == ("train", "quantize")
-    assert value(ptq, "quantize") == {
-        "format": "fp8",
-        "samples": 1024,
-        "seq_length": 8192,
-        "micro_batch_size": 1,
-    }
-    chained = {job.source.name for job in load_jobs(NANO / "chain.yaml").jobs}
-    assert not chained & {"qad_nvfp4.yaml", "ptq_fp8.yaml"}  # until they can run
+    calibration = {"samples": 1024, "seq_length": 8192, "micro_batch_size": 1}
+    for recipe, form in ((qad, "nvfp4"), (ptq, "fp8")):
+        assert value(recipe, "quantize") == {"format": form, **OFFICIAL, **calibration}
+
+
+@pytest.mark.parametrize("folder", [NANO, TINY], ids=name_of)
+def test_quantised_students_are_taught_by_the_sorted_parent(folder: Path) -> None:
+    trained, ranked = load(folder / "stage2.yaml"), load(folder / "rank.yaml")
+    for name in ("qad_nvfp4", "ptq_fp8"):
+        recipe = load(folder / f"{name}.yaml")
+        assert recipe.model.checkpoint == trained.run_dir and recipe.teacher.checkpoint == ranked.run_dir
+        assert value(recipe, "quantize").items() >= OFFICIAL.items()
+    assert set(load(folder / "qad_nvfp4.yaml").budgets) == set(trained.budgets)
+    assert load(folder / "qad_nvfp4.yaml").router_frozen and not trained.router_frozen
+
+
+def test_the_tiny_family_is_quantised_on_few_tokens() -> None:
+    family, qad = load(TINY / "elastic.yaml"), load(TINY / "qad_nvfp4.yaml")
+    seen, more = (
+        sum(stage.steps * stage.tokens_per_step for stage in recipe.stages) for recipe in (family, qad)
+    )
+    assert more <= 0.05 * seen
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=name_of)
@@ -221,14 +242,23 @@ def test_both_stages_are_one_run(folder: Path) -> None:
 @pytest.mark.parametrize("path", CHAINS, ids=name_of)
 def test_chain_passes_each_result_to_the_next_job(path: Path) -> None:
     chain = load_jobs(path)
-    names = [job.name for job in chain.jobs]
-    assert names == (["parent"] if path.parent == TINY else []) + ["rank", "stage1", "stage2", "export"]
-    for before, job in zip(chain.jobs, chain.jobs[1:], strict=False):
-        assert job.after == (before.name,)
-        previous = before.recipe if job.name != "stage2" else chain.job("rank").recipe
-        assert job.recipe.model.checkpoint == previous.run_dir
-    export = chain.jobs[-1].recipe.export
-    assert export is not None and set(export.submodels) <= set(chain.job("stage2").recipe.budgets)
+    before = {"stage1": "rank", "stage2": "stage1", "export": "stage2"}
+    before |= {"rank": "parent"} if path.parent == TINY else {}
+    before |= {"qad": "stage2", "pack": "qad"} if path.parent != V2 else {}
+    names = {job.name for job in chain.jobs}
+    assert names == set(before) | set(before.values())
+    for job in chain.jobs:
+        assert job.after == ((before[job.name],) if job.name in before else ())
+        source = before.get(job.name if job.name != "stage2" else "stage1")  # which it resumes
+        assert source is None or job.recipe.model.checkpoint == chain.job(source).recipe.run_dir
+    exports = [job.recipe.export for job in chain.jobs if job.recipe.export is not None]
+    for export in exports:
+        assert set(export.submodels) <= set(chain.job("stage2").recipe.budgets)
+    assert (
+        len({export.elastic for export in exports})
+        == len({export.slices for export in exports})
+        == len(exports)
+    )
 
 
 @pytest.mark.parametrize("path", CHAINS, ids=name_of)
@@ -243,7 +273,9 @@ def test_layouts_of_chains_fit(path: Path) -> None:
             ElasticSpace.build(shape, space.choices, space.lanes, space.granule) if recipe.budgets else None
         )
         trained = recipe.stages if recipe.job == "train" else ()
-        assert check_layout(shape, family, recipe.parallel, trained) == [], job.name
+        rest = checked_of(recipe, shape, frozen=False)
+        assert check_layout(shape, family, recipe.parallel, trained, **rest) == [], job.name
+        assert (rest.get("blocks") == 16) is (job.name == "qad")
         if path.parent == TINY:
             continue
         parallel, expert = recipe.parallel, recipe.parallel.expert_tensor or recipe.parallel.tensor
@@ -323,3 +355,10 @@ def test_names_agree_with_the_space() -> None:
     metrics = [metric for member in members for metric in get_args(member.model_fields["metric"].annotation)]
     assert sorted(metrics) == sorted(METRICS)
     assert get_args(elastic.BudgetBase.model_fields["unit"].annotation) == UNITS
+
+
+def test_formats_and_presets_are_those_that_are_built() -> None:
+    fields = Quantize.model_fields
+    assert get_args(fields["preset"].annotation) == tuple(PRESETS)
+    assert set(get_args(fields["format"].annotation)) == {form.name for form in FORMATS.values()}
+    assert all(set(preset.configs) == {form.name for form in FORMATS.values()} for preset in PRESETS.values())

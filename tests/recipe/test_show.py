@@ -164,16 +164,35 @@ def test_other_jobs_show_what_they_do() -> None:
     assert lines(describe(rank))[2:] == ["rank: 80 calibration tokens"]
     on_four = "rank: 80 calibration tokens: 2 passes of 2 sequences on 4 data-parallel ranks"
     assert on_four in lines(describe(rank, planned("rank", rank, 1, 4)))
-    quantize = recipe(job="quantize", quantize={"format": "fp8", **calibration})
-    assert lines(describe(quantize))[2:] == ["quantize to fp8: 80 calibration tokens"]
+    quantize = recipe(
+        job="quantize",
+        quantize={"format": "fp8", **calibration},
+        data={"train": [{"path": "/train", "weight": 1.0}]},
+    )
+    assert lines(describe(quantize))[2:] == ["quantize to fp8, through every submodel: 80 calibration tokens"]
     qad = recipe(quantize={"format": "nvfp4", **calibration}, stages=[stage("a", 3)])
-    assert {"quantize to nvfp4: 80 calibration tokens", "saves: 1"} <= set(lines(describe(qad)))
+    shown = lines(describe(qad))
+    assert {"quantize to nvfp4, through every submodel: 80 calibration tokens", "saves: 1"} <= set(shown)
+    assert not [line for line in shown if "frozen" in line], "there is no router"
     export = recipe(
         job="export",
         model={"checkpoint": "/c"},
         export={"elastic": "/e", "slices": "/s", "submodels": ["b", "a"]},
     )
     assert lines(describe(export))[2:] == ["writes /e", "writes /s/b", "writes /s/a"]
+
+
+@pytest.mark.parametrize(
+    ("section", "frozen"), [({}, False), ({"quantize": {"format": "fp8"}}, True), ({"router": {"frozen": True}}, True),
+                            ({"quantize": {"format": "fp8"}, "router": {"frozen": False}}, False)],
+)  # fmt: skip
+def test_a_frozen_router_is_told(section: dict[str, Any], frozen: bool) -> None:
+    budgets = {"a": {"metric": "active_params", "target": 1.0}}
+    found = recipe(
+        stages=[stage("a", 1)], budgets=budgets, space={"choices": {"hidden_size": [8]}}, **section
+    )
+    told = "the router is frozen: submodels keep the widths that model.checkpoint has for them"
+    assert found.router_frozen is frozen and (told in lines(describe(found))) is frozen
 
 
 def test_evaluation_is_that_of_the_trainer() -> None:
@@ -204,7 +223,8 @@ def test_a_chain_is_shown_resolved_and_job_by_job(capsys: pytest.CaptureFixture[
     }
     shown = lines(out)
     assert [line for line in shown if line.endswith("):")] == [
-        "parent (train):", "rank (rank):", "stage1 (train):", "stage2 (train):", "export (export):"
+        "parent (train):", "rank (rank):", "stage1 (train):", "stage2 (train):", "qad (train):", "export (export):",
+        "pack (export):",
     ]  # fmt: skip
     assert "this job: steps 1 to 2" in shown
     assert "rank: 16,384 calibration tokens: 1 pass of 16 sequences on 4 data-parallel ranks" in shown

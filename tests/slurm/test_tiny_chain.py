@@ -28,8 +28,15 @@ SHORT = (
     *("parent.stages.0.tokens=20480", "parent.optimizer.warmup_steps=2", "parent.log.eval_tokens=2048"),
     *("rank.rank.samples=16", "rank.rank.micro_batch_size=4"),
     *(f"{stage}.{override}" for stage in ("stage1", "stage2") for override in STAGES),
+    *(
+        "qad.quantize.samples=32",
+        "qad.stages.0.tokens=8192",
+        "qad.log.eval_tokens=2048",
+        "qad.log.eval_interval=0",
+    ),
 )
-JOBS = ("parent", "rank", "stage1", "stage2", "export")
+JOBS = ("parent", "rank", "stage1", "stage2")
+LAST = ("qad", "export", "pack")
 
 
 @dataclass
@@ -68,7 +75,7 @@ def story(slurm: LocalSlurm, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         for name in JOBS[3:]:
             wait_until(lambda name=name: chain.attempts(name), f"{name} starts", 300)
             seen[name] = chain.states()
-        for each, name in ((chain, "export"), (reference, "train")):
+        for each, name in ((chain, "export"), (chain, "pack"), (reference, "train")):
             assert each.wait_until_ended(name, 300)["state"] == "done", each.run("logs", name)
         followed, _ = follow.communicate(timeout=30)
         yield Story(chain, seen, interrupted, followed, reference.run_dir)
@@ -94,7 +101,7 @@ def steps(metrics: Path) -> list[dict[str, Any]]:
 def test_jobs_run_one_after_another(story: Story) -> None:
     for index, name in enumerate(JOBS):
         states = {job: state["state"] for job, state in story.seen[name].items()}
-        expected = ["done"] * index + ["running"] + ["waiting"] * (len(JOBS) - index - 1)
+        expected = ["done"] * index + ["running"] + ["waiting"] * (len(JOBS) + len(LAST) - index - 1)
         assert list(states.values()) == expected, name
         if index + 1 < len(JOBS):
             assert story.seen[name][JOBS[index + 1]]["detail"] == f"for {name}"
@@ -146,13 +153,34 @@ def test_the_export_loads_in_transformers(story: Story) -> None:
     assert sizes[0] == sizes[1] > sizes[2] > sizes[3]
 
 
+def test_the_family_is_quantised_on_its_ranks_and_packed(story: Story) -> None:
+    """Calibration, judgement and training in one job; the packed directories hold what it trained, in NVFP4."""
+    run = story.chain.run_dir
+    lines = [json.loads(line) for line in (run / "qad_nvfp4/metrics.jsonl").read_text().splitlines()]
+    judged = [line["eval"]["weights"] for line in lines if "eval" in line]
+    assert judged == ["fp32", "nvfp4", "nvfp4"] and sum("calibration" in line for line in lines) == 1
+    assert [line["step"] for line in lines if "step" in line] == [1, 2, 3, 4]
+    whole, packed = run / "elastic_hf", run / "elastic_nvfp4_hf"
+    quantised = json.loads((packed / "hf_quant_config.json").read_text())["quantization"]
+    assert quantised["quant_algo"] == "NVFP4" and "lm_head" in quantised["exclude_modules"]
+    size = {folder: sum(f.stat().st_size for f in folder.glob("*.safetensors")) for folder in (whole, packed)}
+    assert size[packed] < size[whole] / 2
+    for name in ("large", "medium", "small"):
+        config = json.loads((run / "slices_nvfp4" / name / "config.json").read_text())
+        assert config["quantization_config"]["quant_algo"] == "NVFP4"
+        assert (
+            config["hidden_size"]
+            == json.loads((run / "slices" / name / "config.json").read_text())["hidden_size"]
+        )
+
+
 def test_the_folder_says_what_was_run(story: Story) -> None:
     record = json.loads((story.chain.run_dir / "chain.json").read_text())
     assert record["packages"]["torch"] and "submit" in record["command"]
     git = ["git", "-C", str(Path(elastic_megatron.__file__).parent), "rev-parse", "HEAD"]
     head = subprocess.run(git, capture_output=True, text=True, timeout=30).stdout.strip()
     assert (record["commits"]["package"] or "").removesuffix("+dirty") == head
-    for name in JOBS:
+    for name in (*JOBS, *LAST):
         recipe = story.chain.job(name) / "recipe.yaml"
         shown = story.chain.slurm.run(str(PROGRAM), "recipe", "show", str(recipe))
         assert f"run_dir: {story.chain.run_dir}" in shown

@@ -37,7 +37,7 @@ from ...training.datasets import check_tokens
 from ...training.evaluate import evaluate
 from ...training.rank import sort_by_importance
 from ...training.step import ForwardStep, MicroBatch
-from ...training.train import versions
+from ...training.versions import versions
 from ..shape import check_same, parent_shape
 from .arguments import layout_of, recipe_of
 from .data import Numbered, build_datasets
@@ -62,6 +62,11 @@ class ElasticPretraining:
         model = hybrid_config_from_args(args)
         shape = parent_shape(model)
         self.parent = open_parent(self.recipe, shape)
+        if self.recipe.quantize is not None or self.recipe.router_frozen:
+            raise UserError(
+                f"{args.elastic_recipe} has quantize or router.frozen, which pretrain_elastic.py does not do; use "
+                "elastic-megatron quantize and train"
+            )
         args.pretrained_checkpoint = None  # read here: Megatron would load it over the sorted weights
         self.resumed = args.load is not None and (Path(args.load) / tracker.TRACKER).exists()
         manifest = RunFolder.read(Path(args.load)) if self.resumed else self.parent.manifest

@@ -1,0 +1,64 @@
+"""A quantised model layer by layer: which weights are stored in blocks, which layers are left alone. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from ..cost.sizes import parent_fields
+from ..quantization.presets import Block, block_of
+from ..recipe import Recipe
+from ..space import ElasticSpace, ParentShape, SubmodelSpec, TensorLayout, tensors_of
+from .hf_quantised import Quantised, planned_by, quantisable
+
+
+def block_weights(quantised: Quantised, shape: ParentShape) -> tuple[TensorLayout, ...]:
+    """The linears of a model that are quantised in some layer, one of each name; none where nothing ties columns."""
+    if quantised.format.block == 1:
+        return ()
+    return tuple({layout.name: layout for _, layout, _ in quantised.stored_keys(shape)}.values())
+
+
+def left_alone(quantised: Quantised, shape: ParentShape) -> dict[Block, list[int]]:
+    """Layers of a model in which some linear is not quantised, by the block that it belongs to."""
+    stored = {(layer, layout.name, expert) for layer, layout, expert in quantised.stored_keys(shape)}
+    sizes, found = parent_fields(shape), dict[Block, list[int]]()
+    for layer, symbol in enumerate(shape.hybrid_layer_pattern):
+        for layout in filter(quantisable, tensors_of(symbol, sizes)):
+            experts = range(shape.num_moe_experts) if layout.per_expert else (None,)
+            layers = found.setdefault(block_of(symbol, layout.name), [])
+            if layer not in layers and any((layer, layout.name, e) not in stored for e in experts):
+                layers.append(layer)
+    return {block: layers for block, layers in found.items() if layers}
+
+
+def checked_of(recipe: Recipe, shape: ParentShape, *, frozen: bool) -> dict[str, Any]:
+    """What ``cost.setting.Setting`` holds of a recipe's section ``quantize``; nothing without one.
+
+    Args:
+        frozen: are the widths those of a trained family?
+
+    Raises ``UserError`` as ``planned_by``.
+    """
+    if recipe.quantize is None:
+        return {"frozen": frozen}
+    quantised = planned_by(recipe.quantize, shape)
+    return {
+        "frozen": frozen,
+        "blocks": quantised.format.block,
+        "quantised": block_weights(quantised, shape),
+        "calibration": recipe.quantize,
+        "section": "quantize",
+    }
+
+
+def in_use(space: ElasticSpace, submodels: Iterable[SubmodelSpec]) -> ElasticSpace:
+    """The space with only those widths that some of these submodels has, and the whole model's."""
+    used = {axis: {space.parent.size(axis)} for axis in space.axes}
+    for spec in submodels:
+        for axis in spec:
+            width = spec[axis]
+            used[axis] |= set(width) if isinstance(width, tuple) else {width}
+    choices = ((axis, tuple(w for w in widths if w in used[axis])) for axis, widths in space.choices)
+    return replace(space, choices=tuple(choices))

@@ -1,0 +1,204 @@
+"""Post-training quantisation: calibrate through every submodel, freeze the magnitudes, save, judge."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from ..blocks import build_chunks, forward_only, running
+from ..checkpoint import distributed, tracker
+from ..checkpoint.agreement import same_on_all_ranks
+from ..checkpoint.amax import Amax, amax_of
+from ..checkpoint.hf_quantised import Quantised, planned_by
+from ..checkpoint.manifest import FILE, Manifest
+from ..checkpoint.resolve import budgets
+from ..checkpoint.source import Source
+from ..errors import UserError
+from ..ops.mix import SubmodelMix
+from ..recipe import Recipe, dump
+from ..space import ElasticSpace, SubmodelSpec
+from .batches import eval_batch_size, eval_windows
+from .build import bare_model, build_teacher, linears, moe_overrides
+from .calibration import CalibrationData, shown
+from .datasets import check_files, dataset
+from .distill import DistilledChunk
+from .evaluate import evaluate
+from .family import family_of, parent_source
+from .log import RunLog
+from .quantised import QuantisedLinears, Rounding
+from .start import start_whole_stages
+from .versions import versions
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What ``quantize`` left in the run folder.
+
+    ``unseen`` are experts that calibration never reached, by layer; ``None`` where it was done before. ``main`` is true
+    on the one rank that talks to people.
+    """
+
+    checkpoint: Path
+    unseen: Mapping[str, Sequence[int]] | None
+    main: bool
+
+
+def quantize(recipe: Recipe) -> Calibrated:
+    """Quantise the recipe's model, on all ranks of the world together, and save it as step 0 of the run.
+
+    The weights are saved as they are, beside the largest magnitudes under which they are rounded. The losses of every
+    submodel before and after go to ``metrics.jsonl``. The result does not depend on ``recipe.parallel``, but for the
+    order of sums.
+
+    Where that was done before, nothing is. Raises ``UserError`` for recipes that cannot run here, and where the run
+    folder holds another model.
+    """
+    _check(recipe)
+    source, root = parent_source(recipe), recipe.run_dir / "checkpoints"
+    manifest = source.manifest
+    if source.inputs is not None:
+        raise UserError(f"{source.path} is quantised already; name the checkpoint that it was made from")
+    family, quantised = family_of(recipe, manifest), quantised_as(recipe, manifest)
+    saved = tracker.newest(root)
+    main = start_whole_stages(recipe, manifest.shape, manifest.space, family.values()).rank == 0
+    if saved is not None:
+        rounding_of(recipe, saved)
+        return Calibrated(root, None, main)
+    with same_on_all_ranks(f"{recipe.run_dir} cannot be written"):
+        if main:
+            recipe.run_dir.mkdir(parents=True, exist_ok=True)
+            (recipe.run_dir / "recipe.yaml").write_text(dump(recipe))
+    return _quantize(recipe, source, family, quantised, main)
+
+
+def quantised_as(recipe: Recipe, manifest: Manifest) -> Quantised:
+    """How the recipe stores a model. Raises ``UserError`` as ``planned_by``."""
+    assert recipe.quantize is not None
+    return planned_by(recipe.quantize, manifest.shape, importlib.metadata.version("nvidia-modelopt"))
+
+
+def rounding_of(recipe: Recipe, folder: Path) -> Rounding:
+    """How the run's checkpoint is rounded. Raises ``UserError`` where the recipe now says something else."""
+    manifest = Manifest.read(folder / FILE)
+    found, wanted = manifest.quantised, quantised_as(recipe, manifest)
+    if found is None or (found.format, found.patterns) != (wanted.format, wanted.patterns):
+        raise UserError(
+            f"{folder} was quantised by another section quantize than the recipe has; choose another run_dir, or the "
+            f"section of {recipe.run_dir / 'recipe.yaml'}"
+        )
+    return Rounding(found, amax_of(folder, manifest))
+
+
+def _check(recipe: Recipe) -> None:
+    if recipe.quantize is None:
+        raise UserError(
+            "the recipe has no section quantize, so there is nothing to do; add it, with a format"
+        )
+    if not recipe.data.train:
+        raise UserError("the recipe has no data.train to calibrate on; add prefixes written by prepare-data")
+    check_files(recipe)
+
+
+def _quantize(
+    recipe: Recipe,
+    source: Source,
+    family: Mapping[str, SubmodelSpec],
+    quantised: Quantised,
+    main: bool,
+) -> Calibrated:
+    """Build, calibrate, judge and save, on ranks that have been joined."""
+    manifest, root = source.manifest, recipe.run_dir / "checkpoints"
+    space = manifest.space
+    overrides = moe_overrides(recipe, source)
+    chunks = build_chunks(
+        lambda vp_stage: bare_model(recipe, manifest.shape, space, vp_stage=vp_stage, **overrides).eval()
+    )
+    source.fill(chunks)
+    found = linears(chunks, recipe, manifest.shape, quantised)
+    judge = _Judge(recipe, chunks, build_teacher(recipe, source), space, family)
+    with RunLog(
+        recipe.run_dir, title=recipe.name, total=recipe.last_step, resumed_at=-1, interval=recipe.log.interval,
+        tensorboard=recipe.log.tensorboard, active=main,
+    ) as log:  # fmt: skip
+        judge.tell(log, recipe.model.dtype)
+        amax, unseen = _calibrate(recipe, chunks, space, family, found, show=main)
+        assert recipe.quantize is not None
+        log.event("calibration", {"step": 0, "tokens": _tokens(recipe), "unseen": unseen})
+        found.freeze(amax)
+        judge.tell(log, recipe.quantize.format)
+    left = replace(
+        manifest, budgets=budgets(recipe) or manifest.budgets, quantised=quantised, versions=versions()
+    )
+    distributed.save(
+        root, 0, chunks, left, state={"step": 0, "tokens": 0}, hf_files=source.hf_files, amax=amax
+    )
+    return Calibrated(root, unseen, main)
+
+
+def _calibrate(
+    recipe: Recipe,
+    chunks: Sequence[nn.Module],
+    space: ElasticSpace | None,
+    family: Mapping[str, SubmodelSpec],
+    found: QuantisedLinears,
+    *,
+    show: bool,
+) -> tuple[dict[str, Amax], dict[str, list[int]]]:
+    """Every batch through the whole model and every submodel, so that the magnitudes hold for all of them."""
+    settings = recipe.quantize
+    assert settings is not None
+    device = next(chunks[0].parameters()).device
+    samples = dataset(recipe, recipe.data.train, seq_length=settings.seq_length, num_samples=settings.samples)
+    vocab = chunks[0].vocab_size
+    batches = CalibrationData("quantize", settings, samples, vocab, device)
+    mixes = [None]
+    if space is not None:
+        specs = dict.fromkeys(spec for spec in family.values() if spec != space.full())
+        mixes += [SubmodelMix.one_hot(space, spec, device) for spec in specs]
+    found.collect()
+    for batch in shown(batches, "calibrating", show=show):
+        for mix in mixes:
+            with ExitStack() as stack:
+                for chunk in chunks if mix is not None else ():
+                    stack.enter_context(running(chunk, mix))
+                forward_only(chunks, [batch], lambda _, __: None)
+    return found.calibrate()
+
+
+def _tokens(recipe: Recipe) -> int:
+    assert recipe.quantize is not None
+    return recipe.quantize.samples * recipe.quantize.seq_length
+
+
+class _Judge:
+    """Losses of every submodel on held-out text, beside the frozen teacher."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        chunks: Sequence[nn.Module],
+        teacher: Sequence[nn.Module],
+        space: ElasticSpace | None,
+        family: Mapping[str, SubmodelSpec],
+    ) -> None:
+        self.chunks, self.space, self.family = chunks, space, family
+        self.windows, self.batch_size = eval_windows(recipe), eval_batch_size(recipe)
+        self.pairs = [DistilledChunk(*pair) for pair in zip(chunks, teacher, strict=True)] if teacher else []
+
+    def tell(self, log: RunLog, weights: str) -> None:
+        """A line of the run's metrics, where there is held-out text."""
+        if self.windows:
+            results = evaluate(
+                self.chunks,
+                self.space,
+                self.family,
+                self.windows,
+                batch_size=self.batch_size,
+                paired=self.pairs,
+            )
+            log.event("eval", {"step": 0, "tokens": 0, "weights": weights, "submodels": results})
