@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,15 +79,17 @@ class QuantisedLinears:
         self, chunks: Sequence[nn.Module], parent: ParentShape, quantised: Quantised, config: str
     ) -> None:
         mtq = _modelopt()
-        self.form = quantised.format
+        held = [(chunk, shard) for chunk in chunks for shard in shards(chunk, parent)]
         self.linears = [
             Linear(_converted(chunk.get_submodule(shard.module)), shard)
-            for chunk in chunks
-            for shard in list(shards(chunk, parent))
+            for chunk, shard in held
             if quantised.stores(shard.layout, shard.layer, shard.expert)
         ]
-        on_cpu = next(chunks[0].parameters()).device.type == "cpu"
-        settings = _with_backend(getattr(mtq, config)["quant_cfg"], inputs=on_cpu)
+        layers = {shard.layer for _, shard in held}
+        # those of this pipeline stage: the same list on all its ranks, whichever experts they hold
+        self.stage = [key for key in quantised.stored_keys(parent) if key[0] in layers]
+        self._device = next(chunks[0].parameters()).device
+        settings = _with_backend(getattr(mtq, config)["quant_cfg"], inputs=self._device.type == "cpu")
         for chunk in chunks:
             mtq.set_quantizer_by_cfg(chunk, settings)
         for linear in self.linears:
@@ -110,16 +112,16 @@ class QuantisedLinears:
         """
         inputs = {linear.shard.name: _collected(linear.module.input_quantizer) for linear in self.linears}
         unseen = self._unseen(inputs)
-        kinds = sorted({linear.shared for linear in self.linears}, key=str)
+        kinds = _numbered((layer, layout.name) for layer, layout, _ in self.stage)
         largest = torch.full((len(kinds),), _UNSEEN)
         for linear in self.linears:
-            i = kinds.index(linear.shared)
+            i = kinds[linear.shared]
             largest[i] = torch.maximum(largest[i], inputs[linear.shard.name])
         _largest_of_stage(largest, self._device)
         assert (largest >= 0).all(), "a linear that no token reached cannot be calibrated"
         weights = self._weights()
         own = {
-            linear.shard.name: Amax(weights[linear.shard.name], largest[kinds.index(linear.shared)])
+            linear.shard.name: Amax(weights[linear.shard.name], largest[kinds[linear.shared]])
             for linear in self.linears
         }
         return _merged(own), _merged(unseen)
@@ -136,21 +138,12 @@ class QuantisedLinears:
                 quantizer.disable_calib()
                 quantizer.enable_quant()
 
-    @property
-    def _device(self) -> torch.device:
-        return self.linears[0].shard.tensor.device if self.linears else torch.device("cpu")
-
     def _unseen(self, inputs: Mapping[str, Tensor]) -> dict[str, list[int]]:
-        experts = sorted({
-            (linear.shard.layer, e)
-            for linear in self.linears
-            if linear.shard.expert is not None
-            for e in range(linear.shard.sizes["num_moe_experts"])
-        })  # fmt: skip
+        experts = _numbered((layer, expert) for layer, _, expert in self.stage if expert is not None)
         seen = torch.zeros(len(experts))
-        for linear in self.linears:
-            if linear.shard.expert is not None and inputs[linear.shard.name] >= 0:
-                seen[experts.index((linear.shard.layer, linear.shard.expert))] = 1
+        for shard in (linear.shard for linear in self.linears):
+            if shard.expert is not None and inputs[shard.name] >= 0:
+                seen[experts[shard.layer, shard.expert]] = 1
         _largest_of_stage(seen, self._device)
         found: dict[str, list[int]] = {}
         for (layer, expert), reached in zip(experts, seen.tolist(), strict=True):
@@ -177,6 +170,10 @@ def _converted(module: nn.Module) -> nn.Module:
     converted = QuantModuleRegistry.convert(module)
     assert converted is module, "ModelOpt converts in place"
     return converted
+
+
+def _numbered[Key: Hashable](keys: Iterable[Key]) -> dict[Key, int]:
+    return {key: i for i, key in enumerate(dict.fromkeys(keys))}
 
 
 def _modelopt() -> Any:

@@ -55,7 +55,7 @@ def import_megatron() -> None:
     import megatron.core.distributed
     import megatron.core.models.hybrid.hybrid_model
     import megatron.core.optimizer
-    import megatron.core.pipeline_parallel
+    import megatron.core.pipeline_parallel  # noqa: F401
     import modelopt.torch.quantization  # noqa: F401
     import pytest  # noqa: F401
 
