@@ -77,7 +77,12 @@ class Study:
         total = sum(stage.tokens for stage in stages)
         longer = [s.model_dump() | {"tokens": round(s.tokens * self.tokens / total)} for s in stages]
         family = self._do(
-            "train", "elastic", "family", model=self.work / "rank", stages=longer, **{"router.loss_weight": 10}
+            "train",
+            "elastic",
+            "family",
+            model=self.work / "rank",
+            stages=longer,
+            **{"router.loss_weight": 10},
         )
         distilled = load(RECIPES / "qad_nvfp4.yaml").stages[0].model_dump() | {
             "tokens": round(SHARE * self.tokens)
