@@ -90,7 +90,9 @@ class Study:
         runs: dict[str, list[dict[str, Any]]] = {"fp8": [], "nvfp4": [], "control": []}
         for seed in range(1, seeds + 1):
             own = {"seed": seed, "model": family, "teacher.checkpoint": self.work / "rank"}
-            fp8 = self._do("quantize", "ptq_fp8", f"fp8-{seed}", **own)
+            # held-out windows have the length of the first pass over data: the same for all
+            windows = {"quantize.seq_length": distilled["seq_length"]}
+            fp8 = self._do("quantize", "ptq_fp8", f"fp8-{seed}", **windows, **own)
             nvfp4 = self._do("train", "qad_nvfp4", f"nvfp4-{seed}", stages=[distilled], **own)
             control = self._do(
                 "train", "qad_nvfp4", f"control-{seed}", stages=[distilled], quantize=None,
@@ -176,7 +178,7 @@ def render(results: Mapping[str, Any]) -> Iterator[str]:
     """The table and the sentence above it. Raises ``UserError`` where ``results`` are not those of a study."""
     try:
         yield (
-            f"Losses and KL from the parent in nats per byte, mean ± standard deviation of {results['seeds']} seeds; "
+            f"Losses and KL from the parent in nats per byte, mean ± standard deviation of {results['seeds']} seed(s); "
             f"made elastic with {results['tokens']:,} tokens, distilled with {results['tokens_distilled']:,}. "
             "*Control*: distilled as long, not rounded."
         )

@@ -132,10 +132,11 @@ class _Run:
         self.groups = runtime.groups()
         self.device = next(model.chunks[0].parameters()).device
         self.frozen = family_of(recipe, manifest) if recipe.router_frozen else {}
+        # the whole model is a mix too, so that ranks that draw different budgets count tokens alike
         mixes = {
             name: SubmodelMix.one_hot(model.space, spec, self.device)
             for name, spec in self.frozen.items()
-            if model.space is not None and spec != model.space.full()
+            if model.space is not None
         }
         self.forward_step = ForwardStep(recipe, model.router, curriculum.total_steps, mixes)
         self.batches = Batches(curriculum, manifest.shape.vocab_size, self.device)

@@ -386,3 +386,27 @@ def test_widths_are_frozen_at_what_the_checkpoint_has(make: Make, tmp_path: Path
     with pytest.raises(UserError, match=r"budgets\.tiny") as caught:
         train(make(tmp_path / "run", budgets=budgets))
     assert "\n" not in str(caught.value) and not (tmp_path / "run/checkpoints").exists()
+
+
+def test_every_budget_counts_tokens_alike(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks sum what their experts got in one collective, so the whole model's counts have the type of a submodel's."""
+    counts: dict[str, list[tuple[torch.dtype, float]]] = {}
+    finalize = training._Run._finalize
+
+    def watch(self: Any, *args: Any, **kwargs: Any) -> None:
+        routers = [m for m in self.model.chunks[0].modules() if hasattr(m, "local_tokens_per_expert")]
+        counts[name] = [
+            (m.local_tokens_per_expert.dtype, float(m.local_tokens_per_expert.sum())) for m in routers
+        ]
+        finalize(self, *args, **kwargs)
+
+    monkeypatch.setattr(training._Run, "_finalize", watch)
+    whole = next(name for name, spec in SUBMODELS.items() if spec == SPACE.full())
+    for name in (whole, next(name for name in SUBMODELS if name != whole)):
+        recipe = make(tmp_path / name, quantize={"format": "fp8"})
+        stage = recipe.stages[0].model_copy(update={"budget_probs": {name: 1.0}, "tokens": 1})
+        train(recipe.model_copy(update={"stages": (stage,)}))
+    # excess over the fair share: it adds up to nothing
+    assert counts[whole] and {each for found in counts.values() for each in found} == {(torch.float64, 0.0)}
