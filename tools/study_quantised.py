@@ -1,8 +1,7 @@
 """What rounding costs a family and what distillation wins back, over several seeds, on the model of the quickstart.
 
     make quickstart
-    python tools/study_quantised.py [--out runs/quantised] [--seeds 3] [--tokens 6e6] [--json FILE]
-    python tools/study_quantised.py --table     # write the table of README.md from results/quantised_cpu.json
+    python tools/study_quantised.py [--out runs/quantised] [--seeds 3] [--tokens 6e6]
 
 The quickstart's parent is made elastic by more tokens than there (``--tokens``), so that 5 % of them are steps enough
 to distil. Then, for each seed: FP8 by calibration, NVFP4 by calibration, NVFP4 distilled; and as a control the same
@@ -26,11 +25,9 @@ from elastic_megatron.runtime.launch import run_ranks
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from readme_block import README, read_json, replace_block, table  # noqa: E402
+from readme_block import table  # noqa: E402
 
 RECIPES = HERE.parent / "recipes" / "tiny_cpu"
-RESULTS = HERE / "benchmarks" / "results" / "quantised_cpu.json"
-BLOCK = "quantise-table"
 _HEADINGS = (
     "size", "", "unquantised", "FP8 PTQ", "NVFP4 PTQ", "NVFP4 QAD", "lost KL recovered", "control", "on disk",
 )  # fmt: skip
@@ -46,17 +43,13 @@ def main() -> int:
     parser.add_argument("--tokens", type=float, default=6e6, help="that make the family elastic")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
     parser.add_argument("--ranks", type=int, default=2, help="processes (default: 2)")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="file for the results")
-    parser.add_argument("--table", action="store_true", help="only write the table from the results")
     args = parser.parse_args()
     try:
-        if not args.table:
-            results = Study(args.quickstart.resolve(), args.out.resolve(), args.tokens, args.ranks).run(
-                args.seeds
-            )
-            args.json.write_text(json.dumps(results, indent=1) + "\n")
-        results = read_json(args.json, "tools/study_quantised.py")
-        README.write_text(replace_block(README.read_text(), BLOCK, "\n".join(render(results))))
+        results = Study(args.quickstart.resolve(), args.out.resolve(), args.tokens, args.ranks).run(
+            args.seeds
+        )
+        args.out.joinpath("results.json").write_text(json.dumps(results, indent=1) + "\n")
+        print("\n".join(render(results)))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -175,19 +168,14 @@ def _bytes(folder: Path) -> dict[str, dict[str, int]]:
 
 
 def render(results: Mapping[str, Any]) -> Iterator[str]:
-    """The table and the sentence above it. Raises ``UserError`` where ``results`` are not those of a study."""
-    try:
-        yield (
-            f"Losses and KL from the parent in nats per byte, mean ± standard deviation of {results['seeds']} seed(s); "
-            f"made elastic with {results['tokens']:,} tokens, distilled with {results['tokens_distilled']:,}. "
-            "*Control*: distilled as long, not rounded."
-        )
-        yield ""
-        yield from table(_HEADINGS, (":---", ":---", *["---:"] * 7), _rows(results))
-    except (KeyError, TypeError, ValueError) as e:
-        raise UserError(
-            f"these are no results of the study ({type(e).__name__}: {e}); run it again"
-        ) from None
+    """The table and the sentence above it, in Markdown."""
+    yield (
+        f"Losses and KL from the parent in nats per byte, mean ± standard deviation of {results['seeds']} seed(s); "
+        f"made elastic with {results['tokens']:,} tokens, distilled with {results['tokens_distilled']:,}. "
+        "*Control*: distilled as long, not rounded."
+    )
+    yield ""
+    yield from table(_HEADINGS, (":---", ":---", *["---:"] * 7), _rows(results))
 
 
 def _rows(results: Mapping[str, Any]) -> Iterator[Sequence[str]]:
