@@ -17,8 +17,8 @@ from elastic_megatron.blocks import build_elastic_model
 from elastic_megatron.checkpoint.amax import Amax
 from elastic_megatron.checkpoint.distributed import save
 from elastic_megatron.checkpoint.hf_names import hf_pieces
-from elastic_megatron.checkpoint.hf_quantised import planned
 from elastic_megatron.checkpoint.manifest import FILE, Manifest
+from elastic_megatron.checkpoint.quantised_plan import planned
 from elastic_megatron.checkpoint.slice import weights
 from elastic_megatron.checkpoint.stored import StoredModel, model_tensors, quantised_weights
 from elastic_megatron.checkpoint.torch_dist import open_torch_dist

@@ -34,6 +34,10 @@ PACKING = "tests/quantization/test_packing.py"
 QUANTISED = "tests/conversion/test_quantised_slices.py"
 QUANTISED_READ = "tests/checkpoint/test_quantised_read.py"
 SCRIPT = "tests/job_script/test_job_script.py"
+LEAVES = "tests/training/test_quantised_leaves.py"
+CALIBRATION = "tests/training/test_calibration.py"
+DISTILLED = "tests/training/test_quantised_run.py"
+PACKED = "tests/conversion/test_quantised_checkpoints.py"
 RANK_GRADIENTS = "tests/parallel/test_rank_gradients.py"
 RANK_TRAINING = "tests/parallel/test_training.py"
 RANK_RANKING = "tests/parallel/test_ranking.py"
@@ -242,4 +246,51 @@ MUTATIONS = (
     Mutation("jobs", "torchrun keeps the signal to itself", "slurm/script.py", ",SIGUSR1", "", SCRIPT),
     Mutation("jobs", "misspelt placeholders stay", "slurm/script.py",
              "if unknown := sorted(used - set(values)):", "if unknown := []:", SCRIPT),
+    Mutation("quantise", "every expert keeps a range of its own", "training/quantizers.py",
+             "return self.shard.layer, self.shard.layout.name",
+             "return self.shard.layer, self.shard.name", CALIBRATION),
+    Mutation("quantise", "only the whole model calibrates", "training/quantize.py",
+             "(spec for spec in family.values() if spec != space.full())", "()", CALIBRATION),
+    Mutation("quantise", "held-out text calibrates too", "training/quantize.py",
+             "    found = linears(chunks, recipe, manifest.shape, quantised)",
+             "    (found := linears(chunks, recipe, manifest.shape, quantised)).collect()", CALIBRATION),
+    Mutation("quantise", "experts without a token are not named", "training/quantizers.py",
+             "if not reached:", "if reached is None:", CALIBRATION),
+    Mutation("quantise", "the range of a weight is its largest value", "training/quantizers.py",
+             "shard.tensor.abs().amax()", "shard.tensor.amax()", CALIBRATION),
+    Mutation("quantise", "a quantised parent is quantised again", "training/quantize.py",
+             "if source.inputs is not None:", "if source is None:", CALIBRATION),
+    Mutation("quantise", "the last batch does not calibrate", "training/calibration.py",
+             "range(self.own.start, self.own.stop, self.settings.micro_batch_size)",
+             "range(self.own.start, self.own.stop - 2, self.settings.micro_batch_size)", CALIBRATION),
+    Mutation("quantise", "the second evaluation is unrounded too", "training/quantize.py",
+             "        found.freeze(amax)", "        pass", DISTILLED),
+    Mutation("quantise", "weights are not rounded by our function", "training/quantizers.py",
+             '"weight_quantizer" in name or', "False or", LEAVES),
+    Mutation("quantise", "ranges are saved with the module", "training/quantizers.py",
+             'quantizer._non_persistent_buffers_set.add("_amax")', "pass", LEAVES),
+    Mutation("quantise", "quantisers round before ranges are known", "training/quantizers.py",
+             "quantizer.disable_quant()", "quantizer.enable_quant()", LEAVES),
+    Mutation("quantise", "the gradient is halved", "quantization/straight_through.py",
+             "return grad, None, None", "return grad / 2, None, None", LEAVES),
+    Mutation("quantise", "another layer than the one before attention is spared", "checkpoint/quantised_plan.py",
+             'pattern[layer : layer + 2] == "M*"', 'pattern[layer - 1 : layer + 1] == "*M"', LEAVES),
+    Mutation("quantise", "a resumed run has no ranges", "training/train.py",
+             "amax=self.rounding.amax if self.rounding is not None else None", "amax=None", DISTILLED),
+    Mutation("quantise", "frozen widths are not saved", "training/train.py",
+             "            return self.frozen", "            return {}", DISTILLED),
+    Mutation("quantise", "frozen budgets run the whole model", "training/step.py",
+             "elif batch.budget in self.frozen:", "elif batch.budget is None:", DISTILLED),
+    Mutation("quantise", "the whole model is no mix", "training/train.py",
+             "            if model.space is not None\n",
+             "            if model.space is not None and spec != model.space.full()\n", DISTILLED),
+    Mutation("quantise", "evaluation has no teacher", "training/train.py",
+             "paired=self.model.pairs if quantised or self.frozen else ()", "paired=()", DISTILLED),
+    Mutation("quantise", "a router that goes on begins anew", "training/build.py",
+             "        if rounding is not None:  # the one", "        if False:  # the one", DISTILLED),
+    Mutation("quantise", "exports are packed under another range", "checkpoint/packed.py",
+             "part_rows(self._form, part, rows, amax.weight)",
+             "part_rows(self._form, part, rows, amax.weight * 1.01)", PACKED),
+    Mutation("quantise", "minus zero comes back", "quantization/nvfp4.py",
+             " + 0.0  # minus", "  # minus", PACKING),
 )  # fmt: skip

@@ -10,7 +10,8 @@ from ..cost.sizes import parent_fields
 from ..quantization.presets import Block, block_of
 from ..recipe import Recipe
 from ..space import ElasticSpace, ParentShape, SubmodelSpec, TensorLayout, tensors_of
-from .hf_quantised import Quantised, planned_by, quantisable
+from .hf_quantised import Quantised, quantisable
+from .quantised_plan import planned_by
 
 
 def block_weights(quantised: Quantised, shape: ParentShape) -> tuple[TensorLayout, ...]:

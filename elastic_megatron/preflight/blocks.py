@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..checkpoint.hf_quantised import planned_by
+from ..checkpoint.quantised_plan import planned_by
 from ..cost.block_rules import whole_blocks
 from ..cost.remedy import described
 from ..errors import UserError

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ..checkpoint.hf_quantised import planned_by
 from ..checkpoint.manifest import FILE, Manifest
+from ..checkpoint.quantised_plan import planned_by
 from ..checkpoint.resolve import budgets, elastic_space, hf_manifest
 from ..checkpoint.tracker import resolve
 from ..errors import UserError

@@ -18,8 +18,6 @@ BLOCK = NVFP4.block
 MAX = 6.0  # of E2M1
 SCALE_MAX = 448.0  # of e4m3
 SCALE_MIN = 2.0**-9  # the smallest positive e4m3: a block whose scale rounded to zero would be lost
-# by code; the fourth bit is the sign, and minus zero is zero
-VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 def global_scale(amax: Tensor) -> Tensor:
@@ -98,7 +96,11 @@ def rounded(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def _values(code: Tensor, scales: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    values = torch.tensor(VALUES, device=code.device)[code.int()]
+    # codes count in steps of 1/2 up to 2, of 1 up to 4, then of 2: arithmetic, as a table would have to be moved
+    # to the device at every call
+    magnitude = (code & 7).float()
+    values = torch.maximum(torch.maximum(magnitude / 2, magnitude - 2), 2 * magnitude - 8)
+    values = torch.where(code > 7, -values, values) + 0.0  # minus zero is zero
     return (_blocks(values) * (scales.float() * scale).unsqueeze(-1)).reshape(values.shape).to(dtype)
 
 

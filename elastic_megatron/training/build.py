@@ -28,7 +28,7 @@ from ..router.loss import relative_target
 from ..space import ElasticSpace, ParentShape
 from .distill import DistilledChunk
 from .family import DTYPES
-from .quantised import QuantisedLinears, Rounding
+from .quantizers import QuantisedLinears, Rounding
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,11 +11,13 @@ from pathlib import Path
 from torch import nn
 
 from ..blocks import build_chunks, forward_only, running
+from ..blocks.forward import Batch
 from ..checkpoint import distributed, tracker
 from ..checkpoint.agreement import same_on_all_ranks
 from ..checkpoint.amax import Amax, amax_of
-from ..checkpoint.hf_quantised import Quantised, planned_by
+from ..checkpoint.hf_quantised import Quantised
 from ..checkpoint.manifest import FILE, Manifest
+from ..checkpoint.quantised_plan import planned_by
 from ..checkpoint.resolve import budgets
 from ..checkpoint.source import Source
 from ..errors import UserError
@@ -30,7 +32,7 @@ from .distill import DistilledChunk
 from .evaluate import evaluate
 from .family import family_of, parent_source
 from .log import RunLog
-from .quantised import QuantisedLinears, Rounding
+from .quantizers import QuantisedLinears, Rounding
 from .start import start_whole_stages
 from .versions import versions
 
@@ -86,7 +88,9 @@ def rounding_of(recipe: Recipe, folder: Path) -> Rounding:
     """How the run's checkpoint is rounded. Raises ``UserError`` where the recipe now says something else."""
     manifest = Manifest.read(folder / FILE)
     found, wanted = manifest.quantised, quantised_as(recipe, manifest)
-    if found is None or (found.format, found.patterns) != (wanted.format, wanted.patterns):
+    if found is None:
+        raise UserError(f"{folder} is a checkpoint of a run that did not quantise; choose another run_dir")
+    if (found.format, found.patterns) != (wanted.format, wanted.patterns):
         raise UserError(
             f"{folder} was quantised by another section quantize than the recipe has; choose another run_dir, or the "
             f"section of {recipe.run_dir / 'recipe.yaml'}"
@@ -112,7 +116,8 @@ def _quantize(
     main: bool,
 ) -> Calibrated:
     """Build, calibrate, judge and save, on ranks that have been joined."""
-    manifest, root = source.manifest, recipe.run_dir / "checkpoints"
+    manifest, settings, root = source.manifest, recipe.quantize, recipe.run_dir / "checkpoints"
+    assert settings is not None
     space = manifest.space
     overrides = moe_overrides(recipe, source)
     chunks = build_chunks(
@@ -126,11 +131,16 @@ def _quantize(
         tensorboard=recipe.log.tensorboard, active=main,
     ) as log:  # fmt: skip
         judge.tell(log, recipe.model.dtype)
-        amax, unseen = _calibrate(recipe, chunks, space, family, found, show=main)
-        assert recipe.quantize is not None
-        log.event("calibration", {"step": 0, "tokens": _tokens(recipe), "unseen": unseen})
+        samples = dataset(
+            recipe, recipe.data.train, seq_length=settings.seq_length, num_samples=settings.samples
+        )
+        device = next(chunks[0].parameters()).device
+        batches = CalibrationData("quantize", settings, samples, manifest.shape.vocab_size, device)
+        amax, unseen = _calibrate(chunks, space, family, found, shown(batches, "calibrating", show=main))
+        tokens = settings.samples * settings.seq_length
+        log.event("calibration", {"step": 0, "tokens": tokens, "unseen": unseen})
         found.freeze(amax)
-        judge.tell(log, recipe.quantize.format)
+        judge.tell(log, settings.format)
     left = replace(
         manifest, budgets=budgets(recipe) or manifest.budgets, quantised=quantised, versions=versions()
     )
@@ -141,38 +151,26 @@ def _quantize(
 
 
 def _calibrate(
-    recipe: Recipe,
     chunks: Sequence[nn.Module],
     space: ElasticSpace | None,
     family: Mapping[str, SubmodelSpec],
     found: QuantisedLinears,
-    *,
-    show: bool,
+    batches: Iterable[Batch],
 ) -> tuple[dict[str, Amax], dict[str, list[int]]]:
     """Every batch through the whole model and every submodel, so that the magnitudes hold for all of them."""
-    settings = recipe.quantize
-    assert settings is not None
-    device = next(chunks[0].parameters()).device
-    samples = dataset(recipe, recipe.data.train, seq_length=settings.seq_length, num_samples=settings.samples)
-    vocab = chunks[0].vocab_size
-    batches = CalibrationData("quantize", settings, samples, vocab, device)
-    mixes = [None]
+    mixes: list[SubmodelMix | None] = [None]
     if space is not None:
+        device = next(chunks[0].parameters()).device
         specs = dict.fromkeys(spec for spec in family.values() if spec != space.full())
         mixes += [SubmodelMix.one_hot(space, spec, device) for spec in specs]
     found.collect()
-    for batch in shown(batches, "calibrating", show=show):
+    for batch in batches:
         for mix in mixes:
             with ExitStack() as stack:
                 for chunk in chunks if mix is not None else ():
                     stack.enter_context(running(chunk, mix))
                 forward_only(chunks, [batch], lambda _, __: None)
     return found.calibrate()
-
-
-def _tokens(recipe: Recipe) -> int:
-    assert recipe.quantize is not None
-    return recipe.quantize.samples * recipe.quantize.seq_length
 
 
 class _Judge:

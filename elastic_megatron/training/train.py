@@ -28,8 +28,8 @@ from .datasets import check_files
 from .evaluate import evaluate
 from .family import family_of, parent_source
 from .log import RunLog
-from .quantised import Rounding
 from .quantize import quantize, rounding_of
+from .quantizers import Rounding
 from .signals import StopSignal
 from .start import start
 from .step import ForwardStep

@@ -153,7 +153,7 @@ def test_cuda_is_named_in_runtime_only(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_modelopt_is_named_in_one_place(path: Path) -> None:
     """It takes seconds to import and patches what it meets: only training on quantised leaves does."""
-    if path.relative_to(ROOT).as_posix() != "training/quantised.py":
+    if path.relative_to(ROOT).as_posix() != "training/quantizers.py":
         for module, line, _ in imported(path):
             assert module.split(".")[0] != "modelopt", f"{path}:{line}"
 

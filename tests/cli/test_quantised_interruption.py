@@ -86,7 +86,7 @@ _QUANTIZE = "elastic_megatron.training.quantize"
 _SAVED = "elastic_megatron.checkpoint.distributed"
 CALIBRATING = (
     Moment(_QUANTIZE, "forward_only", 3),
-    Moment("elastic_megatron.training.quantised:QuantisedLinears", "freeze"),
+    Moment("elastic_megatron.training.quantizers:QuantisedLinears", "freeze"),
     Moment("megatron.core.dist_checkpointing", "save", after=True),
     Moment(_SAVED, "write_amax", after=True),
     Moment("pathlib:Path", "rename"),

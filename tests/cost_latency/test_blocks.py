@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layout_shapes import DENSE, NANO
 
-from elastic_megatron.checkpoint.hf_quantised import planned_by
 from elastic_megatron.checkpoint.quantised_layers import block_weights
+from elastic_megatron.checkpoint.quantised_plan import planned_by
 from elastic_megatron.cost.block_rules import whole_blocks
 from elastic_megatron.cost.remedy import problems_of, remedies
 from elastic_megatron.cost.setting import Setting

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from elastic_megatron.blocks import build_elastic_model, build_model, running
 from elastic_megatron.checkpoint.amax import Amax
-from elastic_megatron.checkpoint.hf_quantised import planned_by
+from elastic_megatron.checkpoint.quantised_plan import planned_by
 from elastic_megatron.cost import rank_memory
 from elastic_megatron.cost.rank_memory import Load
 from elastic_megatron.cost.setting import sizes_of
@@ -23,7 +23,7 @@ from elastic_megatron.ops.kd import distillation_loss
 from elastic_megatron.recipe.deploy import Quantize
 from elastic_megatron.recipe.training import Parallel
 from elastic_megatron.space import ElasticSpace, ParentShape
-from elastic_megatron.training.quantised import QuantisedLinears
+from elastic_megatron.training.quantizers import QuantisedLinears
 
 TOKENS = 256
 SHAPE = ParentShape(

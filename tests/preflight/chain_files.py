@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import dedent
 
@@ -153,3 +154,19 @@ def remedies(finding: Finding) -> list[list[str]]:
     ways = [re.sub(r" and rank again$", "", way) for way in tail.split(", or ") if way.startswith("set ")]
     jobs = [f"{name}." for name in finding.job.split(", ")] if finding.job else [""]
     return [[f"{job}{pair}" for pair in way[4:].split(" and ") for job in jobs] for way in ways]
+
+
+def assert_one_finding_that_is_mended(
+    chain: Path, overrides: Sequence[str], job: str, says: str, *, meant: bool
+) -> None:
+    """An impossible setting is one line about one job, and each way out that it names leaves nothing to find.
+
+    ``meant``: may it be what somebody wants? Then it is a warning.
+    """
+    (found,) = findings(chain, *overrides)
+    assert found.job == job and says in found.text and "\n" not in found.text
+    assert (found.severity == "warning") == meant
+    ways = remedies(found)
+    assert ways, found.text
+    for way in ways:
+        assert findings(chain, *overrides, *way) == [], way

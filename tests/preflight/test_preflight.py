@@ -8,7 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from chain_files import SHAPE, findings, remedies, write_chain, write_data, write_model
+from chain_files import (
+    SHAPE,
+    assert_one_finding_that_is_mended,
+    findings,
+    write_chain,
+    write_data,
+    write_model,
+)
 
 from elastic_megatron.cost.remedy import problems_of
 from elastic_megatron.cost.setting import Setting
@@ -104,13 +111,7 @@ def test_the_chain_itself_has_no_findings(tmp_path: Path) -> None:
 def test_an_impossible_setting_is_one_finding_and_its_remedies_mend_it(tmp_path: Path, name: str) -> None:
     overrides, job, says = SETTINGS[name]
     chain, overrides = prepared(tmp_path, overrides)
-    (found,) = findings(chain, *overrides)
-    assert found.job == job and says in found.text and "\n" not in found.text
-    assert (found.severity == "warning") == (name in MAY_BE_MEANT)
-    ways = remedies(found)
-    assert ways, found.text
-    for way in ways:
-        assert findings(chain, *overrides, *way) == [], way
+    assert_one_finding_that_is_mended(chain, overrides, job, says, meant=name in MAY_BE_MEANT)
 
 
 def test_several_findings_come_at_once_errors_first(tmp_path: Path) -> None:

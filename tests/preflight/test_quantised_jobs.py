@@ -7,11 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from chain_files import CHAIN, SHAPE, findings, remedies, write_chain, write_model, write_quantised_chain
+from chain_files import (
+    CHAIN,
+    SHAPE,
+    assert_one_finding_that_is_mended,
+    findings,
+    remedies,
+    write_chain,
+    write_model,
+    write_quantised_chain,
+)
 from test_chain_families import store
 
-from elastic_megatron.checkpoint.hf_quantised import FILE, KEY, planned_by, stored_bytes
+from elastic_megatron.checkpoint.hf_quantised import FILE, KEY, stored_bytes
 from elastic_megatron.checkpoint.manifest import Manifest
+from elastic_megatron.checkpoint.quantised_plan import planned_by
 from elastic_megatron.cost import account
 from elastic_megatron.cost.work import Fed, forward_flops
 from elastic_megatron.preflight.blocks import refused_at_once
@@ -61,13 +71,7 @@ def test_the_chain_itself_has_no_findings(tmp_path: Path) -> None:
 def test_an_impossible_setting_is_one_finding_and_its_remedies_mend_it(tmp_path: Path, name: str) -> None:
     overrides, job, says = SETTINGS[name]
     chain, overrides = write_quantised_chain(tmp_path), here(tmp_path, overrides)
-    (found,) = findings(chain, *overrides)
-    assert found.job == job and says in found.text and "\n" not in found.text
-    assert (found.severity == "warning") == (name in MAY_BE_MEANT)
-    ways = remedies(found)
-    assert ways, found.text
-    for way in ways:
-        assert findings(chain, *overrides, *way) == [], way
+    assert_one_finding_that_is_mended(chain, overrides, job, says, meant=name in MAY_BE_MEANT)
 
 
 def test_a_torn_width_is_mended_where_it_is_trained(tmp_path: Path) -> None:

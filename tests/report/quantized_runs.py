@@ -9,8 +9,8 @@ from typing import Any
 
 from quantised_dirs import SHAPE, family
 
-from elastic_megatron.checkpoint.hf_quantised import planned
 from elastic_megatron.checkpoint.manifest import Manifest
+from elastic_megatron.checkpoint.quantised_plan import planned
 from elastic_megatron.quantization.formats import NVFP4
 from elastic_megatron.quantization.presets import PRESETS
 

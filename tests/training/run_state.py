@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from elastic_megatron.checkpoint import distributed
 from elastic_megatron.checkpoint.resolve import elastic_space
 from elastic_megatron.checkpoint.tracker import newest
 from elastic_megatron.recipe import Recipe
+from elastic_megatron.training import train as training
 from elastic_megatron.training.build import build_student
 from elastic_megatron.training.family import parent_source
 
@@ -40,6 +42,21 @@ def state_of(recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for key, value in optimizer.optimizer.state.get(p, {}).items()
     }
     return weights, moments
+
+
+def crash_before(recipe: Recipe, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train, and die before this step (0-based) as if killed."""
+    one_step = training._Run._one_step
+
+    def crash(self: Any, now: int, lr: float) -> Any:
+        if now == step:
+            raise KeyboardInterrupt
+        return one_step(self, now, lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "_one_step", crash)
+        with pytest.raises(KeyboardInterrupt):
+            training.train(recipe)
 
 
 def assert_same_state(a: Recipe, b: Recipe) -> None:

@@ -20,15 +20,15 @@ from elastic_megatron import runtime
 from elastic_megatron.blocks import build_elastic_model, build_model, running
 from elastic_megatron.checkpoint import distributed
 from elastic_megatron.checkpoint.amax import Amax, read_amax
-from elastic_megatron.checkpoint.hf_quantised import planned
 from elastic_megatron.checkpoint.manifest import Manifest
+from elastic_megatron.checkpoint.quantised_plan import planned
 from elastic_megatron.checkpoint.slice import weights
 from elastic_megatron.ops import SubmodelMix
 from elastic_megatron.quantization.formats import FORMATS, FP8, Format
 from elastic_megatron.quantization.packing import fake_quantise
 from elastic_megatron.quantization.presets import PRESETS
 from elastic_megatron.space import ElasticSpace, SubmodelSpec
-from elastic_megatron.training.quantised import QuantisedLinears
+from elastic_megatron.training.quantizers import QuantisedLinears
 
 TIGHT = 1e-12
 SPACE = ElasticSpace.build(

@@ -15,7 +15,7 @@ from laws import one_hot
 from quantised_checkpoints import megatron_names
 from quantised_dirs import bits, origin
 from quantised_runs import BUDGETS, SHAPE, SPACE, SUBMODELS, recipe_of, save_family
-from run_state import lines
+from run_state import crash_before, lines
 from torch import Tensor, nn
 
 from elastic_megatron.blocks import running
@@ -131,17 +131,8 @@ def test_resuming_is_exact(
     last: int,
 ) -> None:  # fmt: skip
     """Killed between two checkpoints, and right after one."""
-    recipe, one_step = make(tmp_path / "run", quantize={"format": form}), training._Run._one_step
-
-    def crash(self: Any, step: int, lr: float) -> Any:
-        if step == crash_at:
-            raise KeyboardInterrupt
-        return one_step(self, step, lr)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "_one_step", crash)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe)
+    recipe = make(tmp_path / "run", quantize={"format": form})
+    crash_before(recipe, crash_at, monkeypatch)
     assert tracker.newest(recipe.run_dir / "checkpoints") == folder(recipe, last)
     torch.manual_seed(999)
     assert train(recipe).step == STEPS

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import dist_checkpointing
-from run_state import assert_same_state, lines, state_of
+from run_state import assert_same_state, crash_before, lines, state_of
 from torch import Tensor
 
 from elastic_megatron.blocks import build_elastic_model
@@ -65,17 +65,7 @@ def state_of_parent(recipe: Recipe) -> dict[str, Tensor]:
 
 
 def crash_and_resume(recipe: Recipe, crash_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    one_step = module._Run._one_step
-
-    def crash(self: Any, step: int, lr: float) -> Any:
-        if step == crash_at:
-            raise KeyboardInterrupt
-        return one_step(self, step, lr)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module._Run, "_one_step", crash)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe)
+    crash_before(recipe, crash_at, monkeypatch)
     assert newest(recipe.run_dir / "checkpoints") == recipe.run_dir / "checkpoints" / "iter_0000003"
     torch.manual_seed(999)  # nothing may depend on generator states
     assert train(recipe).step == 6
