@@ -13,10 +13,10 @@ from torch import Tensor
 from elastic_megatron.checkpoint.hf_names import HEAD, hf_pieces
 from elastic_megatron.checkpoint.hf_read import read_hf
 from elastic_megatron.checkpoint.manifest import Manifest
-from elastic_megatron.checkpoint.slice import locate
 from elastic_megatron.checkpoint.stored import ModelTensor, in_memory, model_tensors
 from elastic_megatron.conversion import Report, Request, to_hf
 from elastic_megatron.cost.sizes import parent_fields
+from elastic_megatron.ops.locate import locate
 from elastic_megatron.space import ParentShape
 
 

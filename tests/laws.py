@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from elastic_megatron import runtime
 from elastic_megatron.blocks import build_elastic_model, build_sliced_model, elastic_stack, running
-from elastic_megatron.checkpoint.slice import slice_state, weights
+from elastic_megatron.checkpoint.slice import slice_state
 from elastic_megatron.ops import SubmodelMix
+from elastic_megatron.ops.locate import weights
 from elastic_megatron.space import ElasticSpace, ParentShape, SubmodelSpec
 
 PATTERN = "MEM*E-M"

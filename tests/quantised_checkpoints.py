@@ -19,9 +19,9 @@ from elastic_megatron.checkpoint.distributed import save
 from elastic_megatron.checkpoint.hf_names import hf_pieces
 from elastic_megatron.checkpoint.manifest import FILE, Manifest
 from elastic_megatron.checkpoint.quantised_plan import planned
-from elastic_megatron.checkpoint.slice import weights
 from elastic_megatron.checkpoint.stored import StoredModel, model_tensors, quantised_weights
 from elastic_megatron.checkpoint.torch_dist import open_torch_dist
+from elastic_megatron.ops.locate import weights
 from elastic_megatron.quantization.formats import Format
 from elastic_megatron.quantization.presets import PRESETS
 from elastic_megatron.space import ParentShape

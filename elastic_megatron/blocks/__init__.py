@@ -2,6 +2,7 @@
 
 from .forward import forward_only
 from .model import build_chunks, build_elastic_model, build_model, build_sliced_model, transformer_config
+from .sliced import SlicedModel
 from .specs import elastic_hybrid_stack_spec, sliced_stack_spec
 from .stack import ElasticHybridStack, elastic_stack, running
 from .widths import LayerWidths
@@ -9,6 +10,7 @@ from .widths import LayerWidths
 __all__ = [
     "ElasticHybridStack",
     "LayerWidths",
+    "SlicedModel",
     "build_chunks",
     "build_elastic_model",
     "build_model",

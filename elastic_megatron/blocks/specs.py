@@ -52,25 +52,30 @@ def with_mamba_sizes(stock: ModuleSpec, parent: ParentShape) -> ModuleSpec:
     return spec
 
 
-def sliced_stack_spec(stock: ModuleSpec, layers: Sequence[Mapping[str, int]]) -> ModuleSpec:
+def sliced_stack_spec(
+    stock: ModuleSpec, layers: Sequence[Mapping[str, int]], numbers: Sequence[int] | None = None
+) -> ModuleSpec:
     """A stock spec whose i-th layer is built with the config overrides ``layers[i]``.
 
     This is how a submodel whose widths differ between layers becomes a plain model of its own.
+
+    Args:
+        numbers: of the layers, from 0, where they keep those that they have in the parent.
     """
     spec = copy.deepcopy(stock)
     for name in ("mamba_layer", "attention_layer", "mlp_layer", "moe_layer"):
         layer = getattr(spec.submodules, name)
-        layer.module = _with_overrides(layer.module, layers)
+        layer.module = _with_overrides(layer.module, layers, numbers or range(len(layers)))
     return spec
 
 
-def _with_overrides(module: type, layers: Sequence[Mapping[str, int]]) -> type:
+def _with_overrides(module: type, layers: Sequence[Mapping[str, int]], numbers: Sequence[int]) -> type:
     class PerLayer(module):
         def __init__(self, config: Any, *args: Any, layer_number: int = 1, **kwargs: Any) -> None:
             config = copy.copy(config)
             for field, value in layers[layer_number - 1].items():
                 setattr(config, field, value)
-            super().__init__(config, *args, layer_number=layer_number, **kwargs)
+            super().__init__(config, *args, layer_number=numbers[layer_number - 1] + 1, **kwargs)
 
     PerLayer.__name__ = PerLayer.__qualname__ = f"PerLayer{module.__name__}"
     return PerLayer

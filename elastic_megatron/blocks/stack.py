@@ -31,7 +31,6 @@ class ElasticHybridStack(HybridStack):
         super().__init__(config, *args, pp_layer_offset=pp_layer_offset, **kwargs)
         _refuse(config)
         self.space = space
-        self.first_layer = pp_layer_offset
         groups = kwargs["pg_collection"]
         self.shards = [Shard(g.rank(), g.size()) for g in (groups.tp, groups.expt_tp)]
         replicas = 1 if config.sequence_parallel else groups.tp.size()
@@ -73,7 +72,7 @@ class ElasticHybridStack(HybridStack):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
 
     def _widths(self, mix: SubmodelMix, layer: int) -> LayerWidths:
-        return layer_widths(mix, self.first_layer + layer, *self.shards)
+        return layer_widths(mix, self.layers[layer].layer_number - 1, *self.shards)
 
     def _recomputed(self, mix: SubmodelMix, hidden_states: Any, attention_mask: Tensor | None,
                     rotary_pos_emb: Tensor | None = None, packed_seq_params: Any = None,

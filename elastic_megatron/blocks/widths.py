@@ -68,11 +68,13 @@ def hidden_scale(mix: SubmodelMix) -> Tensor | None:
     """
     if "hidden_size" not in mix.probs:
         return None
-    return (mix.space.parent.hidden_size / mix.width("hidden_size")).sqrt()
+    return (mix.size("hidden_size") / mix.width("hidden_size")).sqrt()
 
 
 def end_widths(mix: SubmodelMix) -> LayerWidths:
     """What holds outside the layers: ``write`` masks the embedding's output."""
+    if mix.transparent:
+        return LayerWidths()
     hidden = mix.mask("hidden_size") if "hidden_size" in mix.probs else None
     return LayerWidths(hidden_scale=hidden_scale(mix), write=hidden)
 
@@ -86,6 +88,8 @@ def layer_widths(
     position = parent.layers_of(symbol).index(layer)
     hidden = mix.mask("hidden_size") if "hidden_size" in mix.probs else None
     keep = mix.keep(layer)
+    if mix.transparent:
+        return LayerWidths(experts=_mask(mix, "num_moe_experts", position) if symbol == "E" else None, keep=keep)
     write = hidden if keep is None else keep if hidden is None else hidden * keep
     common = {"hidden_scale": hidden_scale(mix), "write": write, "keep": keep}
     if symbol == "M":
@@ -114,21 +118,22 @@ def _mamba(mix: SubmodelMix, position: int, tensor: Shard) -> dict[str, Tensor |
     heads = _mask(mix, "mamba_num_heads", position, tensor)
     dims = _mask(mix, "mamba_head_dim", position)
     states = _mask(mix, "mamba_state_dim", position)
-    local_heads, local_groups = parent.mamba_num_heads // tensor.size, parent.mamba_num_groups // tensor.size
+    all_heads, head_dim = mix.size("mamba_num_heads", position), mix.size("mamba_head_dim", position)
+    local_heads, local_groups = all_heads // tensor.size, parent.mamba_num_groups // tensor.size
     out: dict[str, Tensor | None] = {}
     if heads is not None or dims is not None:
         like = mix.tensors()[0]
         ones = torch.ones(1, device=like.device, dtype=like.dtype)
         rows = heads if heads is not None else ones.expand(local_heads)
-        cols = dims if dims is not None else ones.expand(parent.mamba_head_dim)
+        cols = dims if dims is not None else ones.expand(head_dim)
         out["channels"] = torch.outer(rows, cols).flatten()
         share = ones[0]
         if heads is not None:
-            share = share * mix.width("mamba_num_heads", position) / parent.mamba_num_heads
+            share = share * mix.width("mamba_num_heads", position) / all_heads
         if dims is not None:
-            share = share * mix.width("mamba_head_dim", position) / parent.mamba_head_dim
+            share = share * mix.width("mamba_head_dim", position) / head_dim
         out["channel_scale"] = share.rsqrt()
     if states is not None:
-        kept = local_heads * parent.mamba_head_dim + local_groups * parent.mamba_state_dim
+        kept = local_heads * head_dim + local_groups * mix.size("mamba_state_dim", position)
         out["conv"] = torch.cat([states.new_ones(kept), states.repeat(local_groups)])
     return out

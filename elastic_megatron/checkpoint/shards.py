@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..cost.sizes import parent_fields
+from ..ops.locate import locate, weights
 from ..space import ParentShape, TensorLayout, ends
-from .slice import locate, weights
 
 
 @dataclass(frozen=True)

@@ -2,59 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
 
 from torch import Tensor
 
 from ..cost.sizes import parent_fields
-from ..errors import UserError
 from ..ops.gather import gather_tensor
-from ..space import ElasticSpace, ParentShape, SubmodelSpec, TensorLayout, ends, tensors_of
+from ..ops.locate import locate
+from ..space import ElasticSpace, ParentShape, SubmodelSpec, TensorLayout
 
 # ``orders["hidden_size"]`` is global; ``orders[layer, axis]`` belongs to one layer and may be a list of orders, one
 # an expert, for ``moe_ffn_hidden_size`` (channels are independent between experts). An order lists old positions.
 Orders = Mapping[str | tuple[int, str], Sequence[int]]
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_EXPERT = re.compile(r"\{e\}")
-
-
-@cache
-def _patterns(parent: ParentShape, symbol: str) -> tuple[tuple[re.Pattern[str], TensorLayout], ...]:
-    fields = parent_fields(parent)
-    return tuple(
-        (re.compile(_EXPERT.sub(r"(\\d+)", re.escape(name).replace(r"\{e\}", "{e}"))), layout)
-        for layout in tensors_of(symbol, fields)
-        for name in (layout.name, *layout.aliases)
-    )
-
-
-def locate(parent: ParentShape, name: str) -> tuple[int | None, TensorLayout, int | None]:
-    """(layer, layout, expert) of a parameter name of a Megatron module.
-
-    Raises ``UserError`` for a tensor the fact table does not know: nothing is dropped in silence.
-    """
-    if match := _LAYER.fullmatch(name):
-        layer = int(match[1])
-        if layer < parent.num_layers:
-            for pattern, layout in _patterns(parent, parent.hybrid_layer_pattern[layer]):
-                if found := pattern.fullmatch(match[2]):
-                    return layer, layout, int(found[1]) if found.groups() else None
-    else:
-        for layout in ends(parent.tie_embeddings):
-            if name in (layout.name, *layout.aliases):
-                return None, layout, None
-    raise UserError(f"tensor {name!r} belongs to no block of pattern {parent.hybrid_layer_pattern!r}")
-
-
-def weights(model_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a module's state dict that belong to the model: no extra states, no budget router."""
-    return {
-        k: v
-        for k, v in model_state.items()
-        if isinstance(v, Tensor) and "_extra_state" not in k and not k.startswith("budget_router.")
-    }
 
 
 def slice_state(
@@ -68,13 +27,9 @@ def slice_state(
     layers = {old: new for new, old in enumerate(space.kept_layers(spec))}
     for name, tensor in state:
         layer, layout, expert = locate(parent, name)
-        if layer is None:
-            widths = {"hidden_size": spec["hidden_size"]} if "hidden_size" in spec else {}
-        elif layer not in layers:
+        if layer is not None and layer not in layers:
             continue
-        else:
-            widths = space.layer_sizes(spec, layer)
-        kept = {a: space.kept(a, w) for a, w in widths.items()}  # type: ignore[arg-type]
+        kept = {a: space.kept(a, w) for a, w in space.layer_sizes(spec, layer).items()}
         if expert is not None and "num_moe_experts" in kept:
             if expert not in kept["num_moe_experts"]:
                 continue

@@ -35,12 +35,19 @@ class SubmodelMix:
     ``p @ T`` with T the table of lane prefixes, widths are ``p @ choices``; a one-hot p is exactly the
     submodel, so soft and hard sampling are one code path. A mix is a value: it is built for one micro-batch
     and never changed.
+
+    Args:
+        hard: the probabilities are one-hot and stay so. What the draw cut off then has no gradient either: sliced
+            execution does not compute it, and masked execution must not depend on how it is run.
     """
 
-    def __init__(self, space: ElasticSpace, probs: Mapping[str, Tensor]) -> None:
+    transparent = False  # no component is masked, and none needs a gradient of its mask
+
+    def __init__(self, space: ElasticSpace, probs: Mapping[str, Tensor], *, hard: bool = False) -> None:
         assert tuple(probs) == space.axes, (tuple(probs), space.axes)
         self.space = space
         self.probs = dict(probs)
+        self.hard = hard
 
     @classmethod
     def one_hot(
@@ -59,7 +66,7 @@ class SubmodelMix:
                 probs[a] = torch.tensor(rows, device=device, dtype=dtype)
             else:
                 probs[a] = torch.tensor([float(c == width) for c in choices], device=device, dtype=dtype)
-        return cls(space, probs)
+        return cls(space, probs, hard=True)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The probabilities in axis order: what activation recomputation takes as explicit arguments."""
@@ -67,7 +74,7 @@ class SubmodelMix:
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> SubmodelMix:
         """The same mix over other tensors (those that recomputation detached)."""
-        return SubmodelMix(self.space, dict(zip(self.space.axes, tensors, strict=True)))
+        return SubmodelMix(self.space, dict(zip(self.space.axes, tensors, strict=True)), hard=self.hard)
 
     def _row(self, axis: str, position: int) -> Tensor:
         p = self.probs[axis]
@@ -75,8 +82,16 @@ class SubmodelMix:
 
     def mask(self, axis: str, position: int = 0) -> Tensor:
         """[size of the axis]: how much of each stored component the ``position``-th layer of its type keeps."""
+        mask = self._expected(axis, position)
+        return mask * mask.detach() if self.hard and mask.requires_grad else mask
+
+    def _expected(self, axis: str, position: int = 0) -> Tensor:
         p = self._row(axis, position)
         return p @ _prefix_table(self.space, axis, p.device, p.dtype)
+
+    def size(self, axis: str, position: int = 0) -> int:
+        """Components that the ``position``-th layer of its type has of the axis, kept or not: length of ``mask``."""
+        return self.space.parent.size(axis)
 
     def width(self, axis: str, position: int = 0) -> Tensor:
         """Expected width, a 0-d tensor."""
@@ -106,7 +121,7 @@ class SubmodelMix:
         """
         parent = self.space.parent
         hidden = self.width("hidden_size") if "hidden_size" in self.probs else parent.hidden_size
-        depth = self.mask("num_layers") if "num_layers" in self.probs else None
+        depth = self._expected("num_layers") if "num_layers" in self.probs else None
         groups = []
         for symbol in sorted(set(parent.hybrid_layer_pattern)):
             members = parent.layers_of(symbol)
@@ -128,3 +143,38 @@ class SubmodelMix:
                     weight = torch.ones(len(chosen), device=self.tensors()[0].device)
                 groups.append(LayerGroup(symbol, sizes, weight, feeds))
         return ModelSizes(parent, tuple(groups), hidden)
+
+
+class SlicedMix(SubmodelMix):
+    """A hard mix as the model that has only the kept components sees it: masks of ones, with their gradients.
+
+    Args:
+        mix: one-hot.
+        spec: the submodel that it is.
+    """
+
+    def __init__(self, mix: SubmodelMix, spec: SubmodelSpec) -> None:
+        super().__init__(mix.space, mix.probs, hard=True)
+        self.spec = spec
+        # asked once, since recomputation runs first without gradients
+        self.transparent = not any(p.requires_grad for p in mix.tensors())
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> SlicedMix:
+        same = SlicedMix(super().with_tensors(tensors), self.spec)
+        same.transparent = self.transparent
+        return same
+
+    def mask(self, axis: str, position: int = 0) -> Tensor:
+        """[width of the axis], but for ``num_layers``, whose mask counts the parent's layers."""
+        mask = super().mask(axis, position)
+        if axis == "num_layers":
+            return mask
+        return mask[_kept_positions(self.space, axis, self.size(axis, position), mask.device)]
+
+    def size(self, axis: str, position: int = 0) -> int:
+        return self.spec.at(axis, position) if axis in self.spec else self.space.parent.size(axis)
+
+
+@lru_cache(maxsize=256)
+def _kept_positions(space: ElasticSpace, axis: str, width: int, device: torch.device) -> Tensor:
+    return torch.tensor(space.kept(axis, width), device=device)

@@ -107,7 +107,7 @@ class BudgetRouter(nn.Module):
         for axis, raw in logits.items():
             scaled = raw.float() * logit_scale
             probs[axis] = gumbel_softmax(scaled, gumbel_noise((*key, axis), scaled), tau, hard)
-        return SubmodelMix(self.space, probs)
+        return SubmodelMix(self.space, probs, hard=hard)
 
     def parent_mix(self) -> SubmodelMix:
         """The full model, exactly."""

@@ -135,10 +135,15 @@ class ElasticSpace:
                 if w not in self._choices[a]:
                     raise UserError(f"{name}: {a}={w} is no choice; choose from {list(self._choices[a])}")
 
-    def kept(self, axis_name: str, width: int) -> list[int]:
-        """Stored positions of a submodel's components: the first ``width / lanes`` of every lane."""
+    def kept(self, axis_name: str, width: int, parts: int = 1) -> list[int]:
+        """Stored positions of a submodel's components: the first ``width / lanes`` of every lane.
+
+        With ``parts``, on one of so many ranks that share the lanes: positions within its part, alike on all.
+        """
         size, lanes = self.parent.size(axis_name), self.lanes_of(axis_name)
+        assert lanes % parts == 0, f"{lanes} lanes of {axis_name} for {parts} ranks"
         block, share = size // lanes, width // lanes
+        lanes //= parts
         return [lane * block + i for lane in range(lanes) for i in range(share)]
 
     def kept_layers(self, spec: SubmodelSpec) -> tuple[int, ...]:
@@ -147,8 +152,10 @@ class ElasticSpace:
         assert isinstance(depth, int)
         return tuple(sorted(self.layer_order[:depth]))
 
-    def layer_sizes(self, spec: SubmodelSpec, layer: int) -> dict[str, int]:
-        """Widths of every elastic axis that touches one layer."""
+    def layer_sizes(self, spec: SubmodelSpec, layer: int | None) -> dict[str, int]:
+        """Widths of every elastic axis that touches one layer, or what lies outside of the layers (``None``)."""
+        if layer is None:
+            return {a: spec.at(a, 0) for a in spec if a == "hidden_size"}
         symbol = self.parent.hybrid_layer_pattern[layer]
         position = self.parent.layers_of(symbol).index(layer)
         return {a: spec.at(a, position) for a in spec if a == "hidden_size" or axis(a).symbol == symbol}

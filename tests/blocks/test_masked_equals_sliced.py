@@ -23,7 +23,7 @@ from laws import (
 )
 
 from elastic_megatron.blocks import build_model
-from elastic_megatron.checkpoint.slice import weights
+from elastic_megatron.ops.locate import weights
 from elastic_megatron.space import ElasticSpace, SubmodelSpec
 
 TIGHT = 1e-12

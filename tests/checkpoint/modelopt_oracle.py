@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
     from elastic_megatron.blocks import build_model
     from elastic_megatron.checkpoint.distributed import save
     from elastic_megatron.checkpoint.quantised_plan import planned
-    from elastic_megatron.checkpoint.slice import weights
+    from elastic_megatron.ops.locate import weights
     from elastic_megatron.quantization.formats import FORMATS
     from elastic_megatron.quantization.presets import PRESETS
 

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from elastic_megatron.checkpoint.hf_read import read_config, read_hf
 from elastic_megatron.checkpoint.manifest import Manifest
 from elastic_megatron.checkpoint.nested import nested_manifest
-from elastic_megatron.checkpoint.slice import locate, permute_state, slice_state
+from elastic_megatron.checkpoint.slice import permute_state, slice_state
 from elastic_megatron.checkpoint.stored import Memory, in_memory, model_tensors
 from elastic_megatron.conversion import Request, to_hf
 from elastic_megatron.data.tokenizer import byte_tokenizer
 from elastic_megatron.errors import UserError
+from elastic_megatron.ops.locate import locate
 from elastic_megatron.space import ElasticSpace, ParentShape, SubmodelSpec, stored_order
 
 

@@ -13,8 +13,8 @@ from parity import PARENT, TOLERANCE, distance, megatron_logits, randomise
 from elastic_megatron import runtime
 from elastic_megatron.blocks import build_elastic_model, running
 from elastic_megatron.checkpoint.manifest import Manifest
-from elastic_megatron.checkpoint.slice import weights
 from elastic_megatron.ops import SubmodelMix
+from elastic_megatron.ops.locate import weights
 from elastic_megatron.space import ElasticSpace, SubmodelSpec
 
 transformers = pytest.importorskip("transformers")

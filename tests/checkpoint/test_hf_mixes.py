@@ -13,8 +13,8 @@ from parity import PARENT, TOLERANCE, distance, load, megatron_logits, randomise
 from elastic_megatron import runtime
 from elastic_megatron.blocks import build_elastic_model, running
 from elastic_megatron.checkpoint.manifest import Manifest
-from elastic_megatron.checkpoint.slice import locate, weights
 from elastic_megatron.ops import SubmodelMix
+from elastic_megatron.ops.locate import locate, weights
 from elastic_megatron.space import ElasticSpace
 
 # widths that transformers' grouped matrix product takes in bf16, other than in one test: multiples of 8

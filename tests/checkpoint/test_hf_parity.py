@@ -15,9 +15,9 @@ from elastic_megatron import runtime
 from elastic_megatron.blocks import build_elastic_model, build_model, running
 from elastic_megatron.checkpoint.hf_read import read_config, read_hf
 from elastic_megatron.checkpoint.manifest import Manifest
-from elastic_megatron.checkpoint.slice import weights
 from elastic_megatron.data.tokenizer import byte_tokenizer, load_tokenizer
 from elastic_megatron.ops import SubmodelMix
+from elastic_megatron.ops.locate import weights
 from elastic_megatron.space import ElasticSpace, SubmodelSpec
 
 transformers = pytest.importorskip("transformers")

@@ -26,7 +26,8 @@ def small(one_process: None) -> nn.Module:
 def nmse_without(small: nn.Module, ids: Tensor, dropped: list[int]) -> float:
     """Build and fill the model that lacks ``dropped``; compare its logits with the parent's."""
     from elastic_megatron.blocks import build_sliced_model
-    from elastic_megatron.checkpoint.slice import slice_state, weights
+    from elastic_megatron.checkpoint.slice import slice_state
+    from elastic_megatron.ops.locate import weights
 
     kept = [i for i in range(len(PATTERN)) if i not in dropped]
     space = ElasticSpace.build(SHAPE, {"num_layers": [len(kept)]}, layer_order=[*kept, *dropped])

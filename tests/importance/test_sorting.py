@@ -18,10 +18,11 @@ from importance_models import (
     tokens,
 )
 
-from elastic_megatron.checkpoint.slice import slice_state, weights
+from elastic_megatron.checkpoint.slice import slice_state
 from elastic_megatron.checkpoint.sort import sort_model, sort_orders, sort_space
 from elastic_megatron.errors import UserError
 from elastic_megatron.importance import collect, order_of
+from elastic_megatron.ops.locate import weights
 from elastic_megatron.space import ElasticSpace, ParentShape, SubmodelSpec, stored_order, undeal
 
 EVERY = tuple(CHOICES)

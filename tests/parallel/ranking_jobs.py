@@ -188,7 +188,7 @@ def filled_and_sorted(
 def loaded(*folders: Path) -> list[dict[str, Tensor]]:
     """The weights of checkpoints of one model, in one process."""
     from elastic_megatron.checkpoint import distributed
-    from elastic_megatron.checkpoint.slice import weights
+    from elastic_megatron.ops.locate import weights
 
     states = []
     for folder in folders:

@@ -17,11 +17,11 @@ from elastic_megatron import runtime
 from elastic_megatron.blocks import build_elastic_model
 from elastic_megatron.checkpoint import distributed
 from elastic_megatron.checkpoint.manifest import Manifest
-from elastic_megatron.checkpoint.slice import weights
 from elastic_megatron.checkpoint.source import open_source, open_stored
 from elastic_megatron.cli import main
 from elastic_megatron.conversion import Request, to_hf
 from elastic_megatron.data.tokenizer import byte_tokenizer
+from elastic_megatron.ops.locate import weights
 from elastic_megatron.quantization.formats import FP8, NVFP4
 from elastic_megatron.serving.model import build_served, running_submodel
 from elastic_megatron.space import ElasticSpace

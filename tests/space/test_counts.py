@@ -12,9 +12,9 @@ from laws import HETEROGENEOUS, SHAPE, spec_of, subspace
 from torch.overrides import TorchFunctionMode
 
 from elastic_megatron.blocks import build_model, build_sliced_model, transformer_config
-from elastic_megatron.checkpoint.slice import weights
 from elastic_megatron.checkpoint.stored import model_tensors
 from elastic_megatron.cost import account
+from elastic_megatron.ops.locate import weights
 from elastic_megatron.space import ElasticSpace, ParentShape
 
 NANO_3_30B = ParentShape(

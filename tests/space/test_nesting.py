@@ -14,10 +14,11 @@ from torch import Tensor
 
 from elastic_megatron.checkpoint.manifest import Manifest
 from elastic_megatron.checkpoint.nested import nested_manifest
-from elastic_megatron.checkpoint.slice import locate, permute_state, slice_state
+from elastic_megatron.checkpoint.slice import permute_state, slice_state
 from elastic_megatron.checkpoint.stored import model_tensors
 from elastic_megatron.cost import account
 from elastic_megatron.errors import UserError
+from elastic_megatron.ops.locate import locate
 from elastic_megatron.space import ElasticSpace, ParentShape, SubmodelSpec
 
 State = dict[str, Tensor]

@@ -20,9 +20,9 @@ from elastic_megatron import runtime
 from elastic_megatron.blocks import build_elastic_model, running
 from elastic_megatron.checkpoint.amax import Amax, read_amax
 from elastic_megatron.checkpoint.manifest import FILE, Manifest
-from elastic_megatron.checkpoint.slice import locate
 from elastic_megatron.checkpoint.source import open_source
 from elastic_megatron.errors import UserError
+from elastic_megatron.ops.locate import locate
 from elastic_megatron.recipe import Recipe
 from elastic_megatron.training.batches import eval_windows
 from elastic_megatron.training.datasets import dataset

@@ -22,8 +22,8 @@ from elastic_megatron.checkpoint import distributed
 from elastic_megatron.checkpoint.amax import Amax, read_amax
 from elastic_megatron.checkpoint.manifest import Manifest
 from elastic_megatron.checkpoint.quantised_plan import planned
-from elastic_megatron.checkpoint.slice import weights
 from elastic_megatron.ops import SubmodelMix
+from elastic_megatron.ops.locate import weights
 from elastic_megatron.quantization.formats import FORMATS, FP8, Format
 from elastic_megatron.quantization.packing import fake_quantise
 from elastic_megatron.quantization.presets import PRESETS
