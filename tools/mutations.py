@@ -18,6 +18,7 @@ class Mutation(NamedTuple):
 
 LAW1 = "tests/blocks/test_masked_equals_sliced.py"
 GRADIENTS = "tests/blocks/test_gradients.py"
+MASKED_MEMORY = "tests/blocks/test_masked_memory.py"
 EXPERTS = "tests/blocks/test_experts.py"
 COUNTS = "tests/space/test_counts.py"
 NESTING = "tests/space/test_nesting.py"
@@ -46,7 +47,7 @@ MUTATIONS = (
     Mutation("1", "norms keep the scale of the full width", "blocks/widths.py",
              'mix.width("hidden_size")).sqrt()', 'mix.width("hidden_size")).sqrt() * 0 + 1', LAW1),
     Mutation("1", "the norm's output is scaled the wrong way", "blocks/binding.py",
-             "_scale_first(output, s.reciprocal())", "_scale_first(output, s)", LAW1),
+             "rescaled(x, s.reciprocal())", "rescaled(x, s)", LAW1),
     Mutation("1", "the embedding's cut channels stay", "blocks/stack.py",
              "hidden_states = hidden_states * mask.to(hidden_states.dtype)", "pass", LAW1),
     Mutation("1", "SSM states are masked group by group", "blocks/widths.py",
@@ -60,7 +61,7 @@ MUTATIONS = (
     Mutation("1", "the shared expert is not masked", "blocks/binding.py",
              'mask_input(layer.mlp.shared_experts.linear_fc2, binding, "shared")', "pass", LAW1),
     Mutation("1", "a dropped layer still writes", "blocks/widths.py",
-             "write = hidden if keep is None else keep if hidden is None else hidden * keep", "write = hidden", LAW1),
+             "return hidden if keep is None else hidden * keep", "return hidden", LAW1),
     Mutation("1", "a cut expert's selection score is 0, not -inf", "blocks/mixers.py",
              'torch.where(alive, self.expert_bias, float("-inf"))', "self.expert_bias", EXPERTS),
     Mutation("1", "the auxiliary loss counts all experts", "blocks/mixers.py",
@@ -99,8 +100,14 @@ MUTATIONS = (
              "local = mix.with_tensors(mix_tensors)\n",
              "local = mix.with_tensors([t.detach() for t in mix_tensors])\n", GRADIENTS),
     Mutation("5", "masks carry no gradient to the router", "blocks/binding.py",
-             "return None if mask is None else (args[0] * mask.to(args[0].dtype), *args[1:])",
-             "return None if mask is None else (args[0] * mask.detach().to(args[0].dtype), *args[1:])", GRADIENTS),
+             "x, mask = args[0], mask.to(args[0].dtype)",
+             "x, mask = args[0], mask.detach().to(args[0].dtype)", GRADIENTS),
+    Mutation("5", "what a masked module saves is the unmasked activation", "ops/saving.py",
+             "(x * factor).as_strided", "x.as_strided", f"{GRADIENTS} {MASKED_MEMORY}"),
+    Mutation("5", "the gradient of a norm's scale is that of its product", "ops/saving.py",
+             "(total / factor).to(factor.dtype)", "total.to(factor.dtype)", f"{GRADIENTS} {MASKED_MEMORY}"),
+    Mutation("5", "masked modules keep a second copy of their input", "blocks/binding.py",
+             "if mask.requires_grad and torch.is_grad_enabled():", "if False:", MASKED_MEMORY),
     Mutation("5", "hard samples have no gradient", "ops/gumbel.py",
              "return one_hot + (soft - soft.detach())", "return one_hot", f"tests/ops/test_gumbel.py {ROUTER}"),
     Mutation("6", "all axes share their noise", "router/router.py",

@@ -9,13 +9,15 @@ tensors that recomputation passes as explicit arguments.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..ops.parallel import scale_gradient
+from ..ops.saving import recomputing, rescaled
 from ..space import ElasticSpace
 from .widths import LayerWidths
 
@@ -55,7 +57,6 @@ def attach(layer: nn.Module, symbol: str, space: ElasticSpace, replicas: int = 1
     input_norm = _input_norm(layer, symbol)
     stream_norm_scale(input_norm, binding, sharded_output=hasattr(input_norm, "layer_norm_weight"))
     if symbol == "M":
-        _scale_input(layer.mixer.norm, partial(binding.get, "channel_scale"))
         _scale_output(layer.mixer.norm, partial(binding.get, "channel_scale"))
         mask_input(layer.mixer.norm, binding, "channels")
         mask_output(layer.mixer.out_proj, binding, "write")
@@ -78,13 +79,29 @@ def attach(layer: nn.Module, symbol: str, space: ElasticSpace, replicas: int = 1
 
 
 def mask_input(module: nn.Module, binding: Binding, field: str) -> None:
-    """Multiply a module's first argument by the mask, before any input quantiser."""
+    """Multiply a module's first argument by the mask, before any input quantiser.
 
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    What the module then saves of the product for its backward pass is computed again there.
+    """
+    entered: list[AbstractContextManager[Any]] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         mask = binding.get(field)
-        return None if mask is None else (args[0] * mask.to(args[0].dtype), *args[1:])
+        if mask is None:
+            return None
+        x, mask = args[0], mask.to(args[0].dtype)
+        product = x * mask
+        if mask.requires_grad and torch.is_grad_enabled():
+            entered.append(recomputing(product, x, mask))
+            entered[-1].__enter__()
+        return product, *args[1:]
 
-    module.register_forward_pre_hook(hook)
+    def after(*_: Any) -> None:
+        while entered:
+            entered.pop().__exit__(None, None, None)
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after, always_call=True)
 
 
 def mask_output(module: nn.Module, binding: Binding, field: str) -> None:
@@ -92,43 +109,33 @@ def mask_output(module: nn.Module, binding: Binding, field: str) -> None:
 
     def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         mask = binding.get_shared(field)
-        return None if mask is None else _scale_first(output, mask)
+        return None if mask is None else _first(output, lambda x: x * mask.to(x.dtype))
 
     module.register_forward_hook(hook)
 
 
 def stream_norm_scale(module: nn.Module, binding: Binding, *, sharded_output: bool = False) -> None:
-    """RMSNorm of the masked residual stream: input x s, output x 1/s (see ``widths.hidden_scale``).
+    """RMSNorm of the residual stream, which is s times the masked one: output x 1/s (see ``widths.hidden_scale``).
 
     ``module`` is a norm, or a linear with the norm fused into its input: no bias follows, so scaling its
     output, of which every tensor rank has a part of its own (``sharded_output``), is the same.
     """
-    shared = partial(binding.get_shared, "hidden_scale")
-    _scale_input(module, shared)
-    _scale_output(module, partial(binding.get, "hidden_scale") if sharded_output else shared)
-
-
-def _scale_input(module: nn.Module, scale: Callable[[], Tensor | None]) -> None:
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        s = scale()
-        return None if s is None else (args[0] * s, *args[1:])
-
-    module.register_forward_pre_hook(hook)
+    get = binding.get if sharded_output else binding.get_shared
+    _scale_output(module, partial(get, "hidden_scale"))
 
 
 def _scale_output(module: nn.Module, scale: Callable[[], Tensor | None]) -> None:
     def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         s = scale()
-        return None if s is None else _scale_first(output, s.reciprocal())
+        return None if s is None else _first(output, lambda x: rescaled(x, s.reciprocal()))
 
     module.register_forward_hook(hook)
 
 
-def _scale_first(output: Any, factor: Tensor) -> Any:
-    first, *rest = output if isinstance(output, tuple) else (output,)
-    # a 0-d factor keeps its own precision and does not promote; a mask is cast to the activation's type
-    first = first * (factor if factor.dim() == 0 else factor.to(first.dtype))
-    return (first, *rest) if isinstance(output, tuple) else first
+def _first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(output, tuple):
+        return change(output[0]), *output[1:]
+    return change(output)
 
 
 def _input_norm(layer: nn.Module, symbol: str) -> nn.Module:

@@ -16,17 +16,17 @@ Batch = Mapping[str, Tensor]
 
 @torch.no_grad()
 def forward_only[T](
-    chunks: Sequence[nn.Module], batches: Sequence[Batch], consume: Callable[[Batch, Tensor], T]
+    chunks: Sequence[nn.Module], batches: Sequence[Batch], consume: Callable[[Batch, Any], T]
 ) -> list[T]:
     """Run batches of one shape through the model, by Megatron's own schedule.
 
     Args:
-        chunks: this rank's pipeline chunks, bare, or each with a teacher's beside it, so that it returns both.
+        chunks: this rank's pipeline chunks, bare, or in what returns something else on the last stage.
         batches: ``tokens`` [b, s], optionally ``position_ids`` and others of that shape: whole sequences. Every
             rank of a model replica passes the same ones; with a virtual pipeline their number is a multiple
             of the pipeline's size.
-        consume: called on the last pipeline stage with a batch, cut for context parallelism, and its logits
-            [b, s / context, vocabulary / tensor]; the teacher's are ``reference`` of the batch.
+        consume: called on the last pipeline stage with a batch, cut for context parallelism, and what the chunk
+            returned: of a bare one logits [b, s / context, vocabulary / tensor].
 
     Returns:
         What ``consume`` returned, in order; empty on the other stages.
@@ -46,9 +46,9 @@ def forward_only[T](
     def step(iterator: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Callable[..., T]]:
         batch = next(iterator)
         output = model(batch["tokens"], batch["position_ids"], None)
-        if isinstance(output, tuple):
-            output, batch["reference"] = output
-        return output, lambda logits, non_loss_data: consume(batch, logits)
+        # schedules want one tensor, if only to see where it lies
+        sent = output if isinstance(output, Tensor) else batch["tokens"]
+        return sent, lambda _, non_loss_data: consume(batch, output)
 
     local = [cut(batch) for batch in batches]
     several = len(chunks) > 1

@@ -144,13 +144,18 @@ class ElasticTopKRouter(TopKRouter):
     def attach_and_log_load_balancing_loss(
         self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """The loss is E * sum(f * P): E becomes the number of kept experts, and a dropped layer has none."""
+        """The loss is E * sum(f * P): E becomes the number of kept experts, and a dropped layer has none.
+
+        It weighs as much as the rest of the micro-batch's loss.
+        """
         kept = self._kept()
         if kept is not None:
             aux_loss = aux_loss * (kept.detach().sum() / kept.numel())
         keep = self.binding.get("keep") if self.binding is not None else None
         if keep is not None:
             aux_loss = aux_loss * keep.detach()
+        if self.binding is not None and self.binding.widths is not None:
+            aux_loss = aux_loss * self.binding.widths.weight
         return super().attach_and_log_load_balancing_loss(
             activation, aux_loss_coeff, aux_loss, *args, **kwargs
         )

@@ -72,7 +72,8 @@ class ElasticHybridStack(HybridStack):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
 
     def _widths(self, mix: SubmodelMix, layer: int) -> LayerWidths:
-        return layer_widths(mix, self.layers[layer].layer_number - 1, *self.shards)
+        module: Any = self.layers[layer]
+        return layer_widths(mix, module.layer_number - 1, *self.shards)
 
     def _recomputed(self, mix: SubmodelMix, hidden_states: Any, attention_mask: Tensor | None,
                     rotary_pos_emb: Tensor | None = None, packed_seq_params: Any = None,

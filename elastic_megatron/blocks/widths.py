@@ -9,6 +9,7 @@ score for experts. ``None`` means that the axis is not elastic and nothing is mu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,14 +42,15 @@ class LayerWidths:
     Args:
         hidden_scale: 0-d, s = sqrt(d / d') of the input norm.
         write: [hidden_size], multiplies what the layer adds to the residual stream; the probability that the
-            layer runs is part of it.
-        channels: mask of this rank's part of the block's inner width in stored order (Mamba heads x channels,
-            query heads x ``kv_channels``, or feed-forward channels).
+            layer runs is part of it, and so is s: the stream carries what its norms take.
+        channels: mask of this rank's part of the block's inner width in stored order (Mamba heads x channels
+            with the s of their norm, query heads x ``kv_channels``, or feed-forward channels).
         channel_scale: 0-d, s of Mamba's gated norm, equal in every group since lanes cut groups evenly.
         conv: [this rank's convolution channels], ones but for the masked SSM states of C.
         shared: mask of this rank's channels of the shared expert.
         experts: [num_moe_experts], how much of each routed expert is kept.
         keep: 0-d, probability that the layer runs.
+        weight: of the micro-batch's loss.
     """
 
     hidden_scale: Tensor | None = None
@@ -59,6 +61,7 @@ class LayerWidths:
     shared: Tensor | None = None
     experts: Tensor | None = None
     keep: Tensor | None = None
+    weight: float = 1.0
 
 
 def hidden_scale(mix: SubmodelMix) -> Tensor | None:
@@ -75,8 +78,16 @@ def end_widths(mix: SubmodelMix) -> LayerWidths:
     """What holds outside the layers: ``write`` masks the embedding's output."""
     if mix.transparent:
         return LayerWidths()
-    hidden = mix.mask("hidden_size") if "hidden_size" in mix.probs else None
-    return LayerWidths(hidden_scale=hidden_scale(mix), write=hidden)
+    return LayerWidths(hidden_scale=hidden_scale(mix), write=_write(mix, None))
+
+
+def _write(mix: SubmodelMix, keep: Tensor | None) -> Tensor | None:
+    """What multiplies a write to the residual stream of a layer that runs with probability ``keep``."""
+    scale = hidden_scale(mix)
+    if scale is None:
+        return keep
+    hidden = mix.mask("hidden_size") * scale
+    return hidden if keep is None else hidden * keep
 
 
 def layer_widths(
@@ -86,12 +97,13 @@ def layer_widths(
     parent = mix.space.parent
     symbol = parent.hybrid_layer_pattern[layer]
     position = parent.layers_of(symbol).index(layer)
-    hidden = mix.mask("hidden_size") if "hidden_size" in mix.probs else None
     keep = mix.keep(layer)
     if mix.transparent:
-        return LayerWidths(experts=_mask(mix, "num_moe_experts", position) if symbol == "E" else None, keep=keep)
-    write = hidden if keep is None else keep if hidden is None else hidden * keep
-    common = {"hidden_scale": hidden_scale(mix), "write": write, "keep": keep}
+        experts = _mask(mix, "num_moe_experts", position) if symbol == "E" else None
+        return LayerWidths(experts=experts, keep=keep, weight=mix.weight)
+    common: dict[str, Any] = {
+        "hidden_scale": hidden_scale(mix), "write": _write(mix, keep), "keep": keep, "weight": mix.weight,
+    }  # fmt: skip
     if symbol == "M":
         return LayerWidths(**common, **_mamba(mix, position, tensor))
     if symbol == "*":
@@ -126,13 +138,13 @@ def _mamba(mix: SubmodelMix, position: int, tensor: Shard) -> dict[str, Tensor |
         ones = torch.ones(1, device=like.device, dtype=like.dtype)
         rows = heads if heads is not None else ones.expand(local_heads)
         cols = dims if dims is not None else ones.expand(head_dim)
-        out["channels"] = torch.outer(rows, cols).flatten()
         share = ones[0]
         if heads is not None:
             share = share * mix.width("mamba_num_heads", position) / all_heads
         if dims is not None:
             share = share * mix.width("mamba_head_dim", position) / head_dim
         out["channel_scale"] = share.rsqrt()
+        out["channels"] = torch.outer(rows * out["channel_scale"], cols).flatten()
     if states is not None:
         kept = local_heads * head_dim + local_groups * mix.size("mamba_state_dim", position)
         out["conv"] = torch.cat([states.new_ones(kept), states.repeat(local_groups)])

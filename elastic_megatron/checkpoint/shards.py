@@ -18,6 +18,9 @@ from ..cost.sizes import parent_fields
 from ..ops.locate import locate, weights
 from ..space import ParentShape, TensorLayout, ends
 
+# elements that are permuted at once: 16 MB in fp32, three or four times that with what an exchange sends and receives
+TILE = 1 << 22
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -54,19 +57,28 @@ class Shard:
         own = [piece.chunk(self.group.size(), self.dim)[self.group.rank()] for piece in pieces]
         return torch.cat(own, self.dim)
 
-    def permuted(self, orders: Mapping[str, Sequence[int]]) -> Tensor:
-        """This rank's part after a permutation of axes of the whole; collective over ``group``."""
-        tensor = self.tensor
-        for dim in range(tensor.dim()):
+    def permute(self, orders: Mapping[str, Sequence[int]]) -> None:
+        """Permute axes of the whole, in place; collective over ``group``. Needs the memory of a few tiles."""
+        for dim in range(self.tensor.dim()):
             by_rank = dim == self.dim and not self.layout.interleave
             positions = self.layout.gather(dim, self.sizes, orders, self.group.size() if by_rank else None)
             if positions is None or positions == list(range(len(positions))):
                 continue
-            if dim == self.dim:
-                tensor = exchange(tensor, dim, positions, self.group)
-            else:
-                tensor = tensor.index_select(dim, torch.tensor(positions, device=tensor.device))
-        return tensor
+            source = torch.tensor(positions, device=self.tensor.device)
+            for tile in _tiles(self.tensor, dim):
+                if dim == self.dim:
+                    tile.copy_(exchange(tile, dim, source, self.group))
+                else:
+                    tile.copy_(tile.index_select(dim, source))
+
+
+def _tiles(tensor: Tensor, dim: int) -> Sequence[Tensor]:
+    """Views of about ``TILE`` elements that together are the tensor, each with the whole of one dimension."""
+    others = [d for d in range(tensor.dim()) if d != dim]
+    if not others:
+        return [tensor]
+    across = max(others, key=lambda d: tensor.shape[d])
+    return tensor.split(max(1, TILE * tensor.shape[across] // tensor.numel()), across)
 
 
 def shards(chunk: Any, parent: ParentShape) -> Iterator[Shard]:
@@ -113,6 +125,23 @@ def by_name(chunks: Sequence[Any], parent: ParentShape) -> dict[str, list[Shard]
 
 
 @torch.no_grad()
+def renumber(experts: Sequence[Tensor], order: Sequence[int], group: Any) -> None:
+    """Put experts into another order among those of all ranks of ``group``, in place; collective.
+
+    A few rows of every expert at a time: what moves at once is a tile, and not the experts of a layer.
+
+    Args:
+        experts: one tensor of each of this rank's experts, all of one shape.
+        order: for each place, which expert goes there; both count through the ranks' experts.
+    """
+    source = torch.tensor(order, device=experts[0].device)
+    rows = max(1, TILE // sum(expert[0].numel() for expert in experts))
+    for tiles in zip(*(expert.split(rows) for expert in experts), strict=True):
+        for tile, moved in zip(tiles, exchange(torch.stack(tiles), 0, source, group), strict=True):
+            tile.copy_(moved)
+
+
+@torch.no_grad()
 def fill(parts: Mapping[str, Sequence[Shard]], state: Iterable[tuple[str, Tensor]]) -> None:
     """Copy a whole model's tensors, one at a time, into this rank's parts of them."""
     missing = set(parts)
@@ -123,7 +152,7 @@ def fill(parts: Mapping[str, Sequence[Shard]], state: Iterable[tuple[str, Tensor
     assert not missing, f"{len(missing)} tensors got no weights, among them {min(missing)}"
 
 
-def exchange(local: Tensor, dim: int, source: Sequence[int], group: Any) -> Tensor:
+def exchange(local: Tensor, dim: int, source: Tensor, group: Any) -> Tensor:
     """This rank's part of a permuted tensor, every rank having an equal part of ``dim``; collective.
 
     Needs the memory of three parts besides ``local``.
@@ -131,17 +160,16 @@ def exchange(local: Tensor, dim: int, source: Sequence[int], group: Any) -> Tens
     Args:
         local: this rank's part.
         dim: the dimension that the ranks of ``group`` share.
-        source: for each position of the whole result, where it comes from; positions count through the ranks'
-            parts one after another.
+        source: int64, for each position of the whole result, where it comes from; positions count through the
+            ranks' parts one after another.
     """
     own, rank = local.shape[dim], group.rank()
-    whole = torch.tensor(source, device=local.device)
     if group.size() == 1:
-        return local.index_select(dim, whole)
-    holder = whole // own
+        return local.index_select(dim, source)
+    holder = source // own
     wanted = holder[rank * own : (rank + 1) * own]
     # to every rank what it wants of mine, in the order in which it wants it
-    sent = whole[holder == rank] - rank * own
+    sent = source[holder == rank] - rank * own
     counts = (holder.view(group.size(), own) == rank).sum(1).tolist()
     send = local.transpose(0, dim).index_select(0, sent)
     received = torch.empty_like(send)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import UserError
 from ..importance import Ranking
 from ..space import ElasticSpace, stored_order
-from .shards import Shard, exchange, shards
+from .shards import renumber, shards
 from .slice import Orders, orders_in
 
 
@@ -39,14 +41,15 @@ def sort_space(space: ElasticSpace, ranking: Ranking) -> ElasticSpace:
     """
     if "num_layers" not in space.axes:
         return space
-    return space.with_layer_order(_order(space, ranking, "num_layers", "num_layers"))
+    return space.with_layer_order(_order(space, ranking, "num_layers", "num_layers").tolist())
 
 
 @torch.no_grad()
 def sort_model(chunks: Sequence[Any], space: ElasticSpace, ranking: Ranking) -> None:
-    """Sort a model in place, tensor by tensor, under the layout it is sharded by; collective.
+    """Sort a model in place, tile by tile, under the layout it is sharded by; collective.
 
-    Needs the memory of a few parts of one tensor at a time: no rank ever holds more of the model than its own.
+    Needs the memory of the orders and of a few tiles (``shards.TILE``), however large the model and its tensors are,
+    and no rank ever holds more of the model than its own.
 
     Args:
         chunks: this rank's pipeline chunks, bare, of a model of shape ``space.parent``.
@@ -55,31 +58,31 @@ def sort_model(chunks: Sequence[Any], space: ElasticSpace, ranking: Ranking) -> 
     """
     orders = sort_orders(space, ranking)
     for chunk in chunks:
-        experts: dict[tuple[int, str], list[Shard]] = {}
+        experts: dict[tuple[int, str], list[Tensor]] = {}
         for shard in shards(chunk, space.parent):
-            shard.tensor.copy_(shard.permuted(orders_in(orders, shard.layer, shard.expert)))
+            shard.permute(orders_in(orders, shard.layer, shard.expert))
             if (
                 shard.layer is not None
                 and (shard.layer, "num_moe_experts") in orders
                 and shard.expert is not None
             ):
-                experts.setdefault((shard.layer, shard.layout.name), []).append(shard)
+                experts.setdefault((shard.layer, shard.layout.name), []).append(shard.tensor)
         # an expert's channels are in order now, and it may go to its place, on whichever rank that is
         for (layer, _), own in experts.items():
-            stacked = torch.stack([shard.tensor for shard in own])
-            moved = exchange(stacked, 0, orders[layer, "num_moe_experts"], chunk.pg_collection.ep)
-            for shard, tensor in zip(own, moved, strict=True):
-                shard.tensor.copy_(tensor)
+            renumber(own, orders[layer, "num_moe_experts"], chunk.pg_collection.ep)
 
 
-def _dealt(space: ElasticSpace, ranking: Ranking, axis: str, key: str) -> list:
+def _dealt(space: ElasticSpace, ranking: Ranking, axis: str, key: str) -> Any:
     order, lanes, groups = _order(space, ranking, axis, key), space.lanes_of(axis), space.parent.groups(axis)
-    if axis == "moe_ffn_hidden_size":
-        return [stored_order(of_expert, lanes, groups) for of_expert in order]
-    return stored_order(order, lanes, groups)
+
+    # all experts' channels are millions of numbers, which as objects take five times the memory
+    def stored(ranked: Tensor) -> Sequence[int]:
+        return array("q", stored_order(ranked.tolist(), lanes, groups))
+
+    return [stored(of_expert) for of_expert in order] if axis == "moe_ffn_hidden_size" else stored(order)
 
 
-def _order(space: ElasticSpace, ranking: Ranking, axis: str, key: str) -> list:
+def _order(space: ElasticSpace, ranking: Ranking, axis: str, key: str) -> Tensor:
     pattern, size = space.parent.hybrid_layer_pattern, space.parent.size(axis)
     if ranking.layer_types != pattern:
         raise UserError(
@@ -90,4 +93,4 @@ def _order(space: ElasticSpace, ranking: Ranking, axis: str, key: str) -> list:
     order = ranking.orders[key]
     if order.shape[-1] != size:
         raise UserError(f"the ranking of {key} has {order.shape[-1]} components, not {size}; rank this model")
-    return order.tolist()
+    return order

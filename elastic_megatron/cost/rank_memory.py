@@ -31,16 +31,13 @@ from functools import lru_cache
 from itertools import chain
 
 from ..space import ParentShape, ends, stage_layers, tensors_of
+from .loss_memory import loss_bytes
 from .parallel import Layout, size_of, smallest_world
 from .setting import LayoutSizes, sizes_of
 from .sizes import parent_fields
 
 _BYTES = {"fp32": 4, "bf16": 2}
 _REPLICATED = ("norm.", "input_layernorm.", "pre_mlp_layernorm.", "mlp.router.")
-# Bytes of an entry of the logits at the loss's fullest moment, beside the logits themselves (``ops.kd``, which takes
-# them whole): two log-softmaxes, exp, difference and product in fp32; without a teacher a log-softmax, its gradient
-# and one copy.
-_DISTILLING, _CROSS_ENTROPY = 5 * 4, 3 * 4
 # What no formula above counts: CUDA and NCCL keep buffers of about two GiB, and the allocator's holes are a share.
 _RESERVED, _HOLES = 2 * 2**30, 0.1
 
@@ -54,6 +51,7 @@ class Load:
         training: without it nothing is kept for a backward pass.
         teacher: the frozen model beside it.
         elastic: do masks act on the activations?
+        chunk: tokens whose logits exist at a time in training; ``None`` for as many as ``chunk_of`` says.
         logits: of how many micro-batches they are held, outside of training.
         rounded: the weights that are rounded to a lower precision, by layer and name of the layout.
     """
@@ -65,6 +63,7 @@ class Load:
     teacher: ParentShape | None = None
     elastic: bool = False
     logits: int = 1
+    chunk: int | None = None
     rounded: frozenset[tuple[int, str]] = frozenset()
 
     @property
@@ -89,7 +88,7 @@ def memory_per_rank(shape: ParentShape, parallel: Layout, load: Load) -> dict[st
     and two moments, 12; fp32: two moments, 8), which ``distributed_optimizer`` splits over data-parallel ranks
     (of the smallest job, without ``world_size``). The teacher is a second set of frozen weights. Rounded weights and
     activations are those of the micro-batches in flight (module docstring); with ``recompute``, of one layer, and a
-    layer's input of each. ``logits`` are those of student and teacher, and what the loss makes of them.
+    layer's input of each. ``logits`` is what the loss takes (``loss_bytes``); outside of training, whole logits.
     """
     sizes = sizes_of(parallel)
     stages = [_stage(shape, sizes, stage, load) for stage in range(parallel.pipeline)]
@@ -254,10 +253,9 @@ def _layer_bytes(shape: ParentShape, parallel: Layout, symbol: str, load: Load) 
 
 
 def _logits(shape: ParentShape, parallel: Layout, load: Load) -> float:
-    """Logits in the model's dtype and what the loss makes of them, for the whole micro-batch at once."""
-    entries = load.tokens / parallel.context * shape.vocab_size / parallel.tensor
+    """What the loss makes of a micro-batch's hidden states; outside of training, logits in the model's type."""
+    tokens, vocabulary = load.tokens / parallel.context, shape.vocab_size / parallel.tensor
     if not load.training:
-        return entries * load.size * load.logits
-    if load.teacher is None:
-        return entries * (load.size + _CROSS_ENTROPY)
-    return entries * (2 * load.size + _DISTILLING)
+        return tokens * vocabulary * load.size * load.logits
+    widths = [m.hidden_size for m in (shape, load.teacher) if m is not None]
+    return loss_bytes(tokens, vocabulary, tuple(widths), load.size, chunk=load.chunk)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..space import ParentShape
 from .account import flops_per_token
-from .sizes import sizes_of_parent
+from .sizes import ModelSizes, sizes_of_parent
 
 
 @dataclass(frozen=True)
@@ -22,24 +22,29 @@ class Fed:
         return self.sequences * self.seq_length
 
 
-def forward_flops(shape: ParentShape, fed: Fed) -> float:
+def forward_flops(model: ParentShape | ModelSizes, fed: Fed) -> float:
     """One forward pass over all of it (``account.flops_per_token`` says what counts)."""
-    return fed.tokens * flops_per_token(sizes_of_parent(shape), fed.seq_length)
+    sizes = sizes_of_parent(model) if isinstance(model, ParentShape) else model
+    return fed.tokens * flops_per_token(sizes, fed.seq_length)
 
 
 def training_flops(
-    shape: ParentShape, teacher: ParentShape | None, fed: Iterable[Fed], *, recompute: bool = False
+    students: Iterable[tuple[float, ParentShape | ModelSizes]],
+    teacher: ParentShape | None,
+    fed: Fed,
+    *,
+    recompute: bool = False,
 ) -> float:
-    """Forward and backward pass of the student, 3 forward passes (4 with full recomputation), and 1 of the teacher.
+    """Forward and backward passes of students, 3 forward passes (4 with full recomputation), and 1 of the teacher.
 
-    Every budget costs the whole model, because submodels are trained as masks of it. Evaluation and the optimiser,
-    less than a hundredth in any sensible run, are left out.
+    Evaluation and the optimiser, less than a hundredth in any sensible run, are left out.
+
+    Args:
+        students: how often each is run on the tokens, and what is computed of it.
     """
     passes = 4 if recompute else 3
-    return sum(
-        passes * forward_flops(shape, each) + (forward_flops(teacher, each) if teacher is not None else 0.0)
-        for each in fed
-    )
+    student = sum(share * forward_flops(model, fed) for share, model in students)
+    return passes * student + (forward_flops(teacher, fed) if teacher is not None else 0.0)
 
 
 def ranking_flops(shape: ParentShape, fed: Fed, batch: Fed, *, widths: bool, depth: bool) -> float:

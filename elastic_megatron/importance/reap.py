@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .scores import blocks
+
 UNSEEN = float("-inf")
 """Score of an expert that no token was routed to: below every other, and not mistaken for a measured zero."""
 
@@ -25,8 +27,8 @@ def expert_sums(output: Tensor, tokens: Tensor) -> Tensor:
         tokens: [experts] integers, how many rows belong to each expert.
     """
     dtype = torch.promote_types(output.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(output, dim=-1, dtype=dtype).double()
-    return torch.segment_reduce(norms, "sum", lengths=tokens.to(norms.device, torch.int64))
+    norms = torch.cat([torch.linalg.vector_norm(rows, dim=-1, dtype=dtype) for rows in blocks(output)])
+    return torch.segment_reduce(norms.double(), "sum", lengths=tokens.to(norms.device, torch.int64))
 
 
 def reap_score(sums: Tensor, tokens: Tensor) -> Tensor:

@@ -8,10 +8,17 @@ and in float64 across passes (all terms are non-negative, nothing cancels).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import reduce
+
 import torch
 from torch import Tensor
 
 from ..space import ParentShape
+
+# elements of a block of rows: on a CPU half a megabyte in fp32, with its temporaries less than a core's own cache;
+# elsewhere work for every core
+_CACHED, _HELD = 1 << 17, 1 << 24
 
 
 def wide(x: Tensor) -> Tensor:
@@ -21,19 +28,50 @@ def wide(x: Tensor) -> Tensor:
 
 def abs_sum(x: Tensor) -> Tensor:
     """[..., channels] -> [channels] float64: sum over tokens of the absolute value."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.flatten(0, -2).abs().sum(0, dtype=dtype).double()
+    return _power_sum(x, 1)
 
 
 def square_sum(x: Tensor) -> Tensor:
     """[..., channels] -> [channels] float64: sum over tokens of the square."""
-    return wide(x.flatten(0, -2)).square().sum(0).double()
+    return _power_sum(x, 2)
+
+
+def blocks(x: Tensor) -> Iterator[Tensor]:
+    """[..., channels] in blocks of [rows, channels]: what a sum over it reads and makes is in the cache.
+
+    On a CPU in fp32 or better and small, so that no temporary travels to memory and back; elsewhere all rows as they
+    are, because kernels there widen while they reduce.
+    """
+    rows = x.flatten(0, -2)
+    if not _on_cpu(x):
+        yield rows
+        return
+    for block in rows.split(max(1, _CACHED // x.shape[-1])):
+        yield wide(block)
+
+
+def _power_sum(x: Tensor, power: int) -> Tensor:
+    return reduce(torch.add, (_block_sum(block, power) for block in blocks(x)))
+
+
+def _block_sum(rows: Tensor, power: int) -> Tensor:
+    if _on_cpu(rows):
+        # the kernel for norms is 20 times as slow along this dimension
+        return (rows.abs() if power == 1 else rows.square()).sum(0).double()
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return torch.linalg.vector_norm(rows, power, dim=0, dtype=dtype).double() ** power
+
+
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, for norms that are fused into a linear and have no output of their own."""
-    y = wide(x)
-    return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.to(y.dtype)
+    """RMSNorm over the last dimension, for norms that are fused into a linear and have no output of their own.
+
+    In ``x``'s type, as what a norm that is not fused puts out.
+    """
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
 
 
 def mamba_channels(zxbcdt: Tensor, heads: int, head_dim: int) -> Tensor:
@@ -54,13 +92,21 @@ def mamba_states(bc: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tenso
         weight: [2 groups states, 1, taps], those channels of the causal convolution.
         bias: [2 groups states].
     """
-    taps = weight.shape[-1]
-    # a depthwise convolution over few channels is bandwidth-bound: shifted sums beat the library's kernel
-    out = bc * weight[:, 0, -1].to(bc.dtype)
-    for back in range(1, min(taps, bc.shape[0])):
-        out[back:] += bc[:-back] * weight[:, 0, -1 - back].to(bc.dtype)
-    out += bias.to(bc.dtype)
-    return square_sum(torch.nn.functional.silu(out)).view(2, groups, -1)
+    dtype = torch.promote_types(bc.dtype, torch.float32)
+    taps, bias = weight[:, 0].t().to(dtype).contiguous(), bias.to(dtype)
+    length, past = len(bc), len(taps) - 1
+    step = max(1, (_CACHED if _on_cpu(bc) else _HELD) // bc[0].numel())
+    total = torch.zeros(bc.shape[-1], dtype=torch.float64, device=bc.device)
+    for start in range(0, length, step):
+        # before the sequence there are zeros, before a block there is the block before it
+        before = min(start, past)
+        x = bc[start - before : start + step].to(dtype)
+        out = torch.addcmul(bias, x[before:], taps[past])
+        for back in range(1, min(past + 1, len(x))):
+            first = max(0, back - before)
+            out[first:].addcmul_(x[before - back + first : len(x) - back], taps[past - back])
+        total += torch.nn.functional.silu(out, inplace=True).square_().sum((0, 1))
+    return total.view(2, groups, -1)
 
 
 def query_head_score(squares: Tensor, parent: ParentShape) -> Tensor:

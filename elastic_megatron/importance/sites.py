@@ -214,9 +214,10 @@ def _expert_channels(layer: _Layer, experts: Any, first: int) -> Iterator[Site]:
     _refuse_fused(experts)
 
     def grouped(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        splits = [int(n) for n in args[1]]
-        for e, rows in enumerate(_first(output).split(splits)):
-            layer.add(key, abs_sum(rows), (first + e, own))
+        parts = _first(output).split([int(n) for n in args[1]])
+        layer.add(
+            key, torch.stack([abs_sum(rows) for rows in parts]), (slice(first, first + len(parts)), own)
+        )
 
     yield experts.linear_fc1, grouped
 

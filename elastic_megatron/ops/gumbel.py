@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import blake2b
+from itertools import accumulate, pairwise
+from math import ceil
 
 import torch
 from torch import Tensor
+
+from ..cost.draws import chances
 
 Key = tuple[int | str, ...]
 
@@ -31,6 +35,29 @@ def draw_index(key: Key, probs: Sequence[float]) -> int:
         if u < total:
             return i
     return max(i for i, p in enumerate(probs) if p > 0)
+
+
+def draw_several(key: Key, probs: Sequence[float], count: int) -> list[tuple[int, float]]:
+    """``count`` different indices, each with the weight that keeps expectations those of one draw.
+
+    Index i is among them with probability q_i (``cost.draws.chances``), and then weighs p_i / q_i: so the expected sum
+    of ``weight * value`` is that of ``value`` under ``probs`` (Horvitz and Thompson, 1952). One uniform number chooses
+    them all (systematic sampling: Madow, 1949). ``count`` = 1 is ``draw_index``.
+
+    Raises:
+        ValueError: fewer than ``count`` indices have a probability above 0.
+    """
+    possible = sum(p > 0 for p in probs)
+    if count > possible:
+        raise ValueError(f"{count} different draws from {possible} possible values")
+    if count == 1:
+        return [(draw_index(key, probs), 1.0)]
+    chance = chances(probs, count)
+    start, edges = float(uniform(key, ())), [0.0, *accumulate(chance)]
+    last = max(i for i, p in enumerate(probs) if p > 0)
+    edges[last + 1 :] = [float(count)] * (len(probs) - last)  # which they are but for rounding
+    picked = [i for i, (low, high) in enumerate(pairwise(edges)) if ceil(low - start) < ceil(high - start)]
+    return [(i, probs[i] / chance[i]) for i in picked]
 
 
 def gumbel_noise(key: Key, like: Tensor) -> Tensor:

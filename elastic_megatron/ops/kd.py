@@ -64,13 +64,21 @@ def _kl(log_p: Tensor, log_q: Tensor, group: dist.ProcessGroup | None) -> Tensor
     return sum_over((log_p.exp() * (log_p - log_q)).sum(-1), group)
 
 
-def _cross_entropy(log_q: Tensor, labels: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    ranks, part = group_size(group), log_q.shape[-1]
+def place_in_part(labels: Tensor, part: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Where labels lie in this rank's ``part`` entries of the vocabulary: index, and whether they do at all.
+
+    The index of one that lies with another rank is 0. An id outside the whole vocabulary is nobody's and keeps an index
+    outside the part, so that ``gather`` refuses it on every rank.
+    """
+    ranks = group_size(group)
     rank = group.rank() if group is not None else 0
-    # ids outside the whole vocabulary count as nobody's, so gather refuses them on every rank
     elsewhere = (labels // part != rank) & (labels >= 0) & (labels < ranks * part)
-    index = (labels - rank * part).masked_fill(elsewhere, 0)
-    own = log_q.gather(-1, index.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
+    return (labels - rank * part).masked_fill(elsewhere, 0), ~elsewhere
+
+
+def _cross_entropy(log_q: Tensor, labels: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    index, mine = place_in_part(labels, log_q.shape[-1], group)
+    own = log_q.gather(-1, index.unsqueeze(-1)).squeeze(-1).masked_fill(~mine, 0.0)
     return sum_over(-own, group)
 
 

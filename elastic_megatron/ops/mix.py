@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -42,6 +44,7 @@ class SubmodelMix:
     """
 
     transparent = False  # no component is masked, and none needs a gradient of its mask
+    weight = 1.0  # of the micro-batch's loss, which auxiliary losses inside the model share
 
     def __init__(self, space: ElasticSpace, probs: Mapping[str, Tensor], *, hard: bool = False) -> None:
         assert tuple(probs) == space.axes, (tuple(probs), space.axes)
@@ -72,9 +75,17 @@ class SubmodelMix:
         """The probabilities in axis order: what activation recomputation takes as explicit arguments."""
         return tuple(self.probs[a] for a in self.space.axes)
 
-    def with_tensors(self, tensors: Sequence[Tensor]) -> SubmodelMix:
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
         """The same mix over other tensors (those that recomputation detached)."""
-        return SubmodelMix(self.space, dict(zip(self.space.axes, tensors, strict=True)), hard=self.hard)
+        same = copy.copy(self)
+        same.probs = dict(zip(self.space.axes, tensors, strict=True))
+        return same
+
+    def weighted(self, weight: float) -> Self:
+        """The same mix for a micro-batch whose loss has this weight."""
+        same = copy.copy(self)
+        same.weight = weight
+        return same
 
     def _row(self, axis: str, position: int) -> Tensor:
         p = self.probs[axis]
@@ -155,14 +166,9 @@ class SlicedMix(SubmodelMix):
 
     def __init__(self, mix: SubmodelMix, spec: SubmodelSpec) -> None:
         super().__init__(mix.space, mix.probs, hard=True)
-        self.spec = spec
+        self.spec, self.weight = spec, mix.weight
         # asked once, since recomputation runs first without gradients
         self.transparent = not any(p.requires_grad for p in mix.tensors())
-
-    def with_tensors(self, tensors: Sequence[Tensor]) -> SlicedMix:
-        same = SlicedMix(super().with_tensors(tensors), self.spec)
-        same.transparent = self.transparent
-        return same
 
     def mask(self, axis: str, position: int = 0) -> Tensor:
         """[width of the axis], but for ``num_layers``, whose mask counts the parent's layers."""

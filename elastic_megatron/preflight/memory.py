@@ -65,6 +65,7 @@ def loads(chain: JobChain, job: PlannedJob, family: Family) -> Iterator[tuple[st
         recipe.job == "train",
         family.teacher,
         recipe.job == "train" and bool(recipe.budgets),
+        chunk=recipe.loss.chunk,
         rounded=_rounded(family) if recipe.quantize is not None else frozenset(),
     )
     if recipe.job == "train":

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import ceil
 
+from ..cost.draws import chances
+from ..cost.sizes import ModelSizes, sizes_of_spec
 from ..cost.work import Fed, forward_flops, gpu_hours, ranking_flops, training_flops
-from ..recipe import JobChain, PlannedJob
+from ..recipe import JobChain, PlannedJob, Recipe
 from ..recipe.slurm import Links, Once
+from ..recipe.training import Stage
 from ..recipe.types import seconds
-from ..space import SubmodelSpec
+from ..space import ParentShape, SubmodelSpec
 from .family import Family, Found, own_steps
 
 
@@ -22,8 +25,10 @@ def work(chain: JobChain, job: PlannedJob, family: Family) -> tuple[float, int, 
     if recipe.job == "train":
         own = [(recipe.stages[index], steps) for index, steps in own_steps(chain, job)]
         fed = [Fed(steps * stage.global_batch_size, stage.seq_length) for stage, steps in own]
-        flops = training_flops(
-            family.shape, family.teacher, fed, recompute=recipe.parallel.recompute == "full"
+        recompute = recipe.parallel.recompute == "full"
+        flops = sum(
+            training_flops(_students(recipe, stage, family), family.teacher, each, recompute=recompute)
+            for (stage, _), each in zip(own, fed, strict=True)
         )
         flops += _calibration(job, family)[0]
         return flops, sum(steps for _, steps in own), sum(each.tokens for each in fed)
@@ -36,6 +41,22 @@ def work(chain: JobChain, job: PlannedJob, family: Family) -> tuple[float, int, 
         flops, tokens = _calibration(job, family)
         return flops, 0, tokens
     return 0.0, 0, 0
+
+
+def _students(recipe: Recipe, stage: Stage, family: Family) -> list[tuple[float, ParentShape | ModelSizes]]:
+    """How often a stage runs which model on its tokens.
+
+    Widths that are frozen are computed alone, unless they are to be masked; those that a router is yet to choose count
+    as the whole model, which they are while they are mixed.
+    """
+    odds = recipe.budget_probabilities(stage)
+    if not odds or family.space is None:
+        return [(1.0, family.shape)]
+    drawn = dict(zip(odds, chances(tuple(odds.values()), stage.budgets_per_batch), strict=True))
+    if not family.frozen or stage.execution == "masked":
+        return [(sum(drawn.values()), family.shape)]
+    known = family.result.submodels
+    return [(share, sizes_of_spec(family.space, known[name])) for name, share in drawn.items()]
 
 
 def _calibration(job: PlannedJob, family: Family) -> tuple[float, int]:

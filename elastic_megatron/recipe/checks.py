@@ -172,6 +172,34 @@ def _draws(parallel: Parallel, stages: tuple[Stage, ...], budgets: Budgets) -> I
             yield Problem(("stages", index, "samples_per_draw"), text)
 
 
+def _execution(
+    stages: tuple[Stage, ...], budgets: Budgets, router: Router, quantize: Quantize | None
+) -> Iterator[Problem]:
+    frozen = router.frozen if router.frozen is not None else quantize is not None
+    for index, stage in enumerate(stages):
+        if stage.execution != "sliced":
+            continue
+        at = ("stages", index, "execution")
+        if not budgets:
+            yield Problem(at, "'sliced' needs budgets, whose submodels it runs")
+        elif quantize is not None:
+            yield Problem(
+                at, "'sliced' does not round, but there is a section quantize; write auto or masked"
+            )
+        elif not frozen and router.sampling == "soft":
+            text = "'sliced' runs one size at a time, but router.sampling: soft mixes sizes; write hard, or auto here"
+            yield Problem(at, text)
+
+
+def _several_budgets(stages: tuple[Stage, ...], budgets: Budgets) -> Iterator[Problem]:
+    for index, stage in enumerate(stages):
+        probs = stage.budget_probs
+        drawn = len(budgets) if isinstance(probs, str) else sum(p > 0 for p in probs.values())
+        if stage.budgets_per_batch > max(1, drawn):
+            text = f"{stage.budgets_per_batch} different budgets, but {drawn} are drawn in this stage"
+            yield Problem(("stages", index, "budgets_per_batch"), text)
+
+
 _CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     _budgets_need_choices,
     _stage_names,
@@ -188,6 +216,8 @@ _CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     _world_size,
     _batch_per_rank,
     _draws,
+    _execution,
+    _several_budgets,
 )
 
 

@@ -113,6 +113,16 @@ class Stage(Section):
         default="uniform",
         description="Budget -> probability of being drawn for a micro-batch; left out means 0.",
     )
+    budgets_per_batch: Positive = Field(
+        default=1,
+        description="Different budgets that train on every micro-batch, for one pass of the teacher; weighted so that "
+        "gradients are, on average, those of one budget drawn by budget_probs.",
+    )
+    execution: Literal["auto", "masked", "sliced"] = Field(
+        default="auto",
+        description="sliced: compute only the widths that a micro-batch draws, which must be hard or frozen; masked: "
+        "all of them, cut ones times zero. The same numbers; auto: sliced wherever that is possible.",
+    )
     lr: PositiveFloat | None = Field(
         default=None,
         description="Peak learning rate of a schedule that begins here; default: the last one goes on.",
@@ -181,6 +191,15 @@ class Loss(Section):
     temperature: PositiveFloat = Field(default=1.0, description="Softmax temperature of teacher and student.")
     ce_weight: Fraction = Field(
         default=0.0, description="w of (1 - w) x distillation + w x cross-entropy on the text."
+    )
+    chunk: Positive | None = Field(
+        default=None,
+        description="Tokens whose logits exist at a time; default: half the hidden size, at least 64.",
+    )
+    recompute: Switch = Field(
+        default=False,
+        description="Make the logits again for the backward pass, in place of keeping the gradient of the output "
+        "layer from the loss until then.",
     )
     moe_aux_loss: Rate = Field(default=0.0, description="Weight of the sequence-level load-balancing loss.")
     moe_bias_update_rate: Rate = Field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class Batches:
         self.datasets: dict[int, Any] = {}
 
     def of_step(self, step: int) -> list[MicroBatch]:
-        """This rank's micro-batches, cut for context parallelism.
+        """This rank's micro-batches, cut for context parallelism; each once for every budget that it trains.
 
         Raises ``UserError`` where a token has no embedding.
         """
@@ -43,14 +44,18 @@ class Batches:
             )  # fmt: skip
             check_tokens(batch["tokens"], self.vocab_size)
             first = (m * ranks + rank) * stage.micro_batch_size
-            out.append(micro_batch(batch, self.device, self.curriculum, place, first))
+            out += micro_batches(batch, self.device, self.curriculum, place, first)
         return out
 
     def budgets(self, place: Place) -> str | dict[str, int]:
         """The budgets of a step's micro-batches on all ranks: a name, or how many each had."""
         stage = place.stage
         samples = range(0, stage.global_batch_size, stage.micro_batch_size)
-        drawn = Counter(self.curriculum.draw_budget(place, self.curriculum.unit(place, s)) for s in samples)
+        drawn = Counter(
+            budget
+            for s in samples
+            for budget, _ in self.curriculum.draw_budgets(place, self.curriculum.unit(place, s))
+        )
         return next(iter(drawn)) if len(drawn) == 1 else dict(drawn)
 
     def _dataset(self, index: int) -> Any:
@@ -68,14 +73,14 @@ class Batches:
         return self.datasets[index]
 
 
-def micro_batch(
+def micro_batches(
     batch: Mapping[str, Tensor],
     device: torch.device,
     curriculum: Curriculum,
     place: Place | None,
     sample: int,
-) -> MicroBatch:
-    """This rank's part of a batch of whole sequences, with its draws.
+) -> list[MicroBatch]:
+    """This rank's part of a batch of whole sequences, with its draws: one for every budget.
 
     Args:
         place: of the step; ``None`` outside of training, where nothing is drawn.
@@ -84,10 +89,16 @@ def micro_batch(
     context, recipe = runtime.groups().cp, curriculum.recipe
     local = {k: zigzag(batch[k], 1, context.rank(), context.size()).to(device) for k in blend.BATCH_KEYS}
     if place is None:
-        return MicroBatch(**local, step=0, budget=None, key=())
+        return [MicroBatch(**local, step=0, budget=None, key=())]
     unit = curriculum.unit(place, sample)
-    budget = curriculum.draw_budget(place, unit) if recipe.budgets else None
-    return MicroBatch(**local, step=place.step, budget=budget, key=(recipe.seed, "gumbel", place.step, unit))
+    plain = MicroBatch(**local, step=place.step, budget=None, key=(recipe.seed, "gumbel", place.step, unit))
+    if not recipe.budgets:
+        return [plain]
+    sliced = place.stage.execution != "masked"
+    return [
+        replace(plain, budget=budget, weight=weight, again=index > 0, sliced=sliced)
+        for index, (budget, weight) in enumerate(curriculum.draw_budgets(place, unit))
+    ]
 
 
 def eval_windows(recipe: Recipe) -> list[Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .. import runtime
-from ..blocks import build_chunks, build_elastic_model, build_model
+from ..blocks import SlicedModel, build_chunks, build_elastic_model, build_model
 from ..checkpoint import tracker
 from ..checkpoint.agreement import ROUTER
 from ..checkpoint.hf_quantised import Quantised
@@ -28,7 +28,8 @@ from ..router.loss import relative_target
 from ..space import ElasticSpace, ParentShape
 from .distill import DistilledChunk
 from .family import DTYPES
-from .quantizers import QuantisedLinears, Rounding
+from .overlap import Submodels
+from .quantizers import QuantisedLinears, Rounding, round_alike
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Model:
     def pairs(self) -> list[DistilledChunk]:
         """The chunks, each with the teacher's."""
         return [d.module for d in self.ddp]
+
+    @property
+    def submodels(self) -> list[SlicedModel]:
+        """What runs micro-batches on their own widths; empty where none can be."""
+        return [pair.submodels for pair in self.pairs if pair.submodels is not None]
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -108,6 +114,9 @@ def build_student(
     for chunk in chunks:
         chunk.train()
     ddp = _distributed(recipe, [DistilledChunk(*pair) for pair in zip_longest(chunks, teacher)])
+    if space is not None and _can_be_sliced(recipe, space):
+        for wrapped in ddp:
+            wrapped.module.submodels = Submodels(wrapped, stock=_leaves(recipe), alike=round_alike)
     return Model(chunks, ddp, _optimizer(recipe, ddp, dtype), space, router)
 
 
@@ -118,11 +127,27 @@ def bare_model(recipe: Recipe, shape: ParentShape, space: ElasticSpace | None, *
     into a linear would have its output scaled to the kept width after the linear's input was rounded, not before.
     """
     dtype = DTYPES[recipe.model.dtype]
-    if recipe.quantize is not None:
-        settings = {"spec": runtime.hybrid_stack_spec("local"), **settings}
+    settings = {"spec": _leaves(recipe), **settings}
     if space is not None:
         return build_elastic_model(space, dtype=dtype, **settings)
     return build_model(shape, dtype=dtype, **settings)
+
+
+def _leaves(recipe: Recipe) -> Any:
+    return runtime.hybrid_stack_spec("auto" if recipe.quantize is None else "local")
+
+
+def _can_be_sliced(recipe: Recipe, space: ElasticSpace) -> bool:
+    """Can submodels run on their own widths here? Raises ``UserError`` where they cannot and a stage insists."""
+    tensor, keys = runtime.groups().tp.size(), space.parent.num_query_groups
+    if "*" not in space.parent.hybrid_layer_pattern or keys % tensor == 0:
+        return True
+    if any(stage.execution == "sliced" for stage in recipe.stages):
+        raise UserError(
+            f"execution 'sliced' needs whole KV heads on every rank, but parallel.tensor is {tensor} and the model has "
+            f"{keys}; write execution: auto, or parallel.tensor={keys}"
+        )
+    return False
 
 
 def linears(

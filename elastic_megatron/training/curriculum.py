@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..ops.gumbel import draw_index
+from ..ops.gumbel import draw_several
 from ..recipe import Recipe
 from ..recipe.training import Optimizer, Stage, tokens_after
 
@@ -83,11 +83,12 @@ class Curriculum:
         """
         return sample // place.stage.draw_size
 
-    def draw_budget(self, place: Place, unit: int) -> str:
-        """The budget of one draw: a function of (seed, step, unit) alone."""
+    def draw_budgets(self, place: Place, unit: int) -> list[tuple[str, float]]:
+        """The budgets of one draw and the weights of their losses: a function of (seed, step, unit) alone."""
         probs = self.recipe.budget_probabilities(place.stage)
         key = (self.recipe.seed, "budget", place.step, unit)
-        return tuple(probs)[draw_index(key, tuple(probs.values()))]
+        drawn = draw_several(key, tuple(probs.values()), place.stage.budgets_per_batch)
+        return [(tuple(probs)[index], weight) for index, weight in drawn]
 
 
 class LearningRate:

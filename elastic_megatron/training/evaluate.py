@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from .. import runtime
 from ..blocks import forward_only, running
 from ..blocks.forward import Batch
-from ..ops.kd import forward_kl, token_cross_entropy
+from ..ops.chunked_kd import Projection, chunked_token_losses
 from ..ops.mix import SubmodelMix
 from ..space import ElasticSpace, SubmodelSpec
+from .distill import DistilledChunk
 
 
 def token_losses(
@@ -30,21 +31,22 @@ def token_losses(
     """
     groups = runtime.groups()
     device = next(chunks[0].parameters()).device
-    paired = any(getattr(chunk, "teacher", None) is not None for chunk in chunks)
+    pairs = [c if isinstance(c, DistilledChunk) else DistilledChunk(c) for c in chunks]
+    paired = any(pair.teacher is not None for pair in pairs)
     sums = torch.zeros(3, dtype=torch.float64, device=device)
 
-    def consume(batch: Batch, logits: Tensor) -> Tensor:
-        losses = [token_cross_entropy(logits, batch["labels"], groups.tp)]
-        if paired:
-            losses.append(forward_kl(logits, batch["reference"], groups.tp))
-        of_scored = [(loss * batch["scored"]).double().sum() for loss in losses]
+    def consume(batch: Batch, output: tuple[Projection, Projection | None]) -> Tensor:
+        found = chunked_token_losses(
+            *output, batch["labels"], kind="forward_kl", temperature=1.0, ce_weight=1.0, group=groups.tp
+        )
+        of_scored = [(loss * batch["scored"]).double().sum() for loss in found if loss is not None]
         return torch.stack([batch["scored"].double().sum(), *of_scored])
 
     for length in sorted({len(w) for w in windows}, reverse=True):
         equal = [w for w in windows if len(w) == length]
         for batches in _batches(equal, batch_size, groups.dp.rank(), groups.dp.size()):
             on_device = [{k: v.to(device) for k, v in batch.items()} for batch in batches]
-            for found in forward_only(chunks, on_device, consume):
+            for found in forward_only(pairs, on_device, consume):
                 sums[: len(found)] += found
     if groups.tp.rank():
         sums.zero_()  # tensor ranks have the same numbers

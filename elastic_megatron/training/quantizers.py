@@ -163,6 +163,14 @@ class QuantisedLinears:
         return found
 
 
+def round_alike(module: nn.Module, original: nn.Module) -> None:
+    """Let a linear that was cut out of another one round as that one does, by the same quantisers."""
+    if hasattr(original, "weight_quantizer"):
+        converted: Any = _converted(module)
+        converted.weight_quantizer = original.weight_quantizer
+        converted.input_quantizer = original.input_quantizer
+
+
 def _converted(module: nn.Module) -> nn.Module:
     """The module itself, of the class that ModelOpt has for it."""
     from modelopt.torch.quantization.nn import QuantModuleRegistry

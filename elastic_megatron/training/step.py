@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import runtime
-from ..blocks import elastic_stack
-from ..ops.kd import distillation_loss
+from ..blocks import SlicedModel, running
+from ..ops.chunked_kd import Projection, chunked_distillation_loss
 from ..ops.mix import SubmodelMix
 from ..ops.parallel import scale_gradient
 from ..recipe import Recipe
 from ..router import BudgetRouter, RouterStep, Schedule, budget_loss
+from .distill import DistilledChunk
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Tokens of one micro-batch ([b, s / context] each) and everything random about it."""
+    """Tokens of one micro-batch ([b, s / context] each) and everything random about it.
+
+    Args:
+        weight: of its loss.
+        again: the tokens are those of the micro-batch before, for another budget: the teacher has seen them.
+        sliced: run it on its submodel's widths, where its draw is one-hot.
+    """
 
     tokens: Tensor
     labels: Tensor
@@ -30,20 +38,24 @@ class MicroBatch:
     step: int
     budget: str | None
     key: tuple[int | str, ...]
+    weight: float = 1.0
+    again: bool = False
+    sliced: bool = False
 
 
 class ForwardStep:
-    """Megatron's ``forward_step_func``: micro-batch in; logits and the function that turns them to loss out.
+    """Megatron's ``forward_step_func``: micro-batch in; hidden states and the function that turns them to loss out.
 
     The loss is a sum over tokens, to be divided by the number of tokens of the global batch
     (``calculate_per_token_loss``): the result does not depend on micro-batching or layout. The router's loss
-    is weighted by the micro-batch's tokens alike.
+    is weighted by the micro-batch's tokens alike. Tokens that train several budgets count once.
 
     Every rank of the world calls ``begin`` before the micro-batches of a step, and ``finish`` after them and
     before gradients are reduced over data-parallel ranks.
 
     Args:
         frozen: without a router, the widths of each budget.
+        submodels: of this rank's chunks, where micro-batches may be sliced.
     """
 
     def __init__(
@@ -52,8 +64,9 @@ class ForwardStep:
         router: BudgetRouter | None,
         total_steps: int,
         frozen: Mapping[str, SubmodelMix] | None = None,
+        submodels: Sequence[SlicedModel] = (),
     ):
-        self.frozen = frozen or {}
+        self.frozen, self.submodels = frozen or {}, submodels
         self.loss = recipe.loss
         self.settings = recipe.router
         self.router = router
@@ -72,18 +85,25 @@ class ForwardStep:
         }
 
     def begin(self) -> None:
-        """Compute the router's logits of this step."""
+        """Compute the router's logits of this step, and have submodels read the weights of now."""
+        for chunk in self.submodels:
+            chunk.refresh()
         self.router_step = RouterStep(self.router) if self.router is not None else None
 
     def finish(self) -> None:
-        """Give the router its gradient: the sum over the world, on one data-parallel rank (see ``RouterStep``)."""
+        """Give the router its gradient: the sum over the world, on one data-parallel rank (see ``RouterStep``).
+
+        After it, submodels have handed over all that they counted.
+        """
         if self.router_step is not None:
             self.router_step.backward(torch.distributed.group.WORLD, contribute=self.groups.dp_cp.rank() == 0)
             self.router_step = None
+        for chunk in self.submodels:
+            chunk.land()
 
     def __call__(
         self, iterator: Iterator[MicroBatch], model: nn.Module
-    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
+    ) -> tuple[Tensor | Projection, Callable[[Projection], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
         batch = next(iterator)
         context, router_loss = nullcontext(), None
         if self.router_step is not None and batch.budget is not None:
@@ -96,35 +116,54 @@ class ForwardStep:
                 dead_zone=self.settings.dead_zone,
                 identity_weight=self.settings.identity_weight,
             )
-            context = elastic_stack(model).running(mix)
+            context = _running(model, mix, batch)
         elif batch.budget in self.frozen:
-            context = elastic_stack(model).running(self.frozen[batch.budget])
+            context = _running(model, self.frozen[batch.budget], batch)
         with context:
             output = model(batch.tokens, batch.position_ids, None)
-        logits, reference = output if isinstance(output, tuple) else (output, None)
-        return logits, partial(self._loss, batch, reference, router_loss)
+        student, reference = output if isinstance(output, tuple) else (output, None)
+        return student, partial(self._loss, batch, reference, router_loss)
 
     def _loss(
-        self, batch: MicroBatch, reference: Tensor | None, router_loss: Tensor | None, logits: Tensor
+        self,
+        batch: MicroBatch,
+        reference: Projection | None,
+        router_loss: Tensor | None,
+        student: Projection,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sum over tokens, number of tokens, and the sums to log: the same on every tensor rank."""
-        loss, kd = distillation_loss(
-            logits,
+        total, kd = chunked_distillation_loss(
+            student,
             reference,
             batch.labels,
+            batch.loss_mask,
             kind=self.loss.kind,
             temperature=self.loss.temperature,
             ce_weight=self.loss.ce_weight,
             group=self.groups.tp,
+            chunk=self.loss.chunk,
+            recompute=self.loss.recompute,
         )
         tokens = batch.loss_mask.sum()
-        total = (loss * batch.loss_mask).sum()
-        sums = {"tokens": tokens, "loss": total}
+        counted = torch.zeros_like(tokens) if batch.again else tokens
+        total = total * batch.weight
+        sums = {"tokens": counted, "loss": total}
         if kd is not None:
-            sums["kd_loss"] = (kd * batch.loss_mask).sum()
+            sums["kd_loss"] = kd * batch.weight
         if router_loss is not None:
             # every tensor rank computes this term, so each takes its share of the gradient
             share = scale_gradient(router_loss.to(total.device), 1 / self.groups.tp.size())
-            total = total + self.settings.loss_weight * share * tokens
-            sums |= {"router_loss": router_loss * tokens, "loss": total}
-        return total, tokens.to(torch.int), {name: value.detach() for name, value in sums.items()}
+            weighted = tokens * batch.weight
+            total = total + self.settings.loss_weight * share * weighted
+            sums |= {"router_loss": router_loss * weighted, "loss": total}
+        return total, counted.to(torch.int), {name: value.detach() for name, value in sums.items()}
+
+
+def _running(model: Any, mix: SubmodelMix, batch: MicroBatch) -> AbstractContextManager[None]:
+    """Context in which forward passes of a chunk run a mix, through whatever wraps it."""
+    while hasattr(model, "module") and not isinstance(model, DistilledChunk):
+        model = model.module
+    mix = mix.weighted(batch.weight)
+    if isinstance(model, DistilledChunk):
+        return model.running(mix, sliced=batch.sliced and mix.hard, again=batch.again)
+    return running(model, mix)

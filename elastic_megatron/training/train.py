@@ -138,7 +138,7 @@ class _Run:
             for name, spec in self.frozen.items()
             if model.space is not None
         }
-        self.forward_step = ForwardStep(recipe, model.router, curriculum.total_steps, mixes)
+        self.forward_step = ForwardStep(recipe, model.router, curriculum.total_steps, mixes, model.submodels)
         self.batches = Batches(curriculum, manifest.shape.vocab_size, self.device)
         self.windows = eval_windows(recipe)
         for chunk in model.ddp:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from layout_shapes import DENSE, NANO
 
 from elastic_megatron.cost import account, rank_memory
+from elastic_megatron.cost.loss_memory import chunk_of
 from elastic_megatron.cost.rank_memory import Load, memory_per_rank, params_per_rank, usable
 from elastic_megatron.cost.setting import sizes_of
 from elastic_megatron.cost.sizes import parent_fields
@@ -86,16 +87,34 @@ def test_activations_by_hand() -> None:
     assert memory(ffn, {"recompute": "full"})["activations"] == recomputed
 
 
-def test_logits_are_of_both_models_and_of_the_last_stage_alone() -> None:
-    one = replace(DENSE, vocab_size=1000)
-    assert memory(one)["logits"] == 128 * 1000 * (2 + 2 + 20)
-    assert memory(one, dtype="fp32")["logits"] == 128 * 1000 * (4 + 4 + 20)
-    assert memory(one, teacher=None)["logits"] == 128 * 1000 * (2 + 12)
+def test_the_loss_by_hand_and_of_the_last_stage_alone() -> None:
+    """128 tokens of 256 channels, all of them a chunk, and a vocabulary of 1000."""
+    one, weight = replace(DENSE, vocab_size=1000), 1000 * 256
+    states, part = 128 * 256 * 3, weight * 2 / 16
+    assert memory(one)["logits"] == 128 * 1000 * (3 * 4 + 2) + weight * 4 + part + states * 2
+    assert memory(one, dtype="fp32")["logits"] == 128 * 1000 * 3 * 4 + weight * 4 + states * 4
+    alone = 128 * 1000 * (4 + 2) + weight * 4 + part + 128 * 256 * 2 * 2
+    assert memory(one, teacher=None)["logits"] == alone
+    assert memory(one, chunk=1)["logits"] == weight * (4 + 2) + states * 2
+    wide = replace(one, hidden_size=512)
+    assert memory(one, teacher=wide)["logits"] == memory(one)["logits"] + 128 * 256 * 2
     assert memory(one, training=False, teacher=None, logits=3)["logits"] == 3 * 128 * 1000 * 2
-    for layout in ({"tensor": 2}, {"context": 2}):
-        assert memory(one, layout)["logits"] == memory(one)["logits"] / 2
+    assert memory(one, {"context": 2})["logits"] == 64 * 1000 * 14 + weight * 4 + part + states * 2 / 2
+    assert memory(one, {"tensor": 2})["logits"] == (128 * 1000 * 14 + weight * 4 + part) / 2 + states * 2
     ends = [rank_memory._stage(one, sizes_of(Parallel(pipeline=3)), s, Load(64, 2)) for s in range(3)]
     assert [stage["logits"] > 0 for stage in ends] == [False, False, True]
+
+
+def test_of_more_tokens_than_a_chunk_only_hidden_states_are_more() -> None:
+    one = replace(DENSE, vocab_size=1000)
+    for chunk, rows in ((None, 128), (100, 100), (1000, 256)):
+        once, twice = (memory(one, seq_length=n, chunk=chunk)["logits"] for n in (128, 256))
+        assert once == rows * 1000 * 14 + 1000 * 256 * (4 + 2 / 16) + 256 * 256 * 3 * 2
+        assert twice - once == 256 * 256 * 3 * 2 + (256 * 1000 * 14 if chunk == 1000 else 0)
+
+
+def test_a_chunk_is_half_the_channels_and_not_too_few_tokens() -> None:
+    assert [chunk_of(h) for h in (16, 128, 256, 2688)] == [64, 64, 128, 1344]
 
 
 def test_rounded_copies_by_hand() -> None:

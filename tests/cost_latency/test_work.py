@@ -13,6 +13,7 @@ import torch
 from layout_shapes import DENSE, NANO
 
 from elastic_megatron.cost import account
+from elastic_megatron.cost.draws import chances
 from elastic_megatron.cost.work import Fed, forward_flops, gpu_hours, ranking_flops, training_flops
 from elastic_megatron.importance import depth
 
@@ -24,13 +25,31 @@ def test_a_forward_pass_is_flops_per_token_times_tokens() -> None:
 
 
 def test_training_is_three_passes_of_the_student_and_one_of_the_teacher() -> None:
-    fed = [Fed(4, 128), Fed(2, 256)]
-    one = sum(forward_flops(DENSE, each) for each in fed)
-    other = sum(forward_flops(NANO, each) for each in fed)
-    assert training_flops(DENSE, None, fed) == 3 * one
-    assert training_flops(DENSE, DENSE, fed) == 4 * one
-    assert training_flops(DENSE, DENSE, fed, recompute=True) == 5 * one
-    assert training_flops(DENSE, NANO, fed) == 3 * one + other
+    fed = Fed(4, 128)
+    one, other = forward_flops(DENSE, fed), forward_flops(NANO, fed)
+    assert training_flops([(1, DENSE)], None, fed) == 3 * one
+    assert training_flops([(1, DENSE)], DENSE, fed) == 4 * one
+    assert training_flops([(1, DENSE)], DENSE, fed, recompute=True) == 5 * one
+    assert training_flops([(1, DENSE)], NANO, fed) == 3 * one + other
+    assert training_flops([(0.5, DENSE), (1, NANO)], NANO, fed) == 1.5 * one + 4 * other
+
+
+@pytest.mark.parametrize(
+    ("probs", "count", "expected"),
+    [
+        ((0.5, 0.3, 0.2), 1, (0.5, 0.3, 0.2)),
+        ((0.5, 0.3, 0.2), 2, (1, 0.6, 0.4)),
+        ((0.5, 0.3, 0.2), 3, (1, 1, 1)),
+        ((0.8, 0.0, 0.2), 2, (1, 0, 1)),
+        ((0.6, 0.2, 0.1, 0.1), 2, (1, 0.5, 0.25, 0.25)),
+        ((0.6, 0.3, 0.05, 0.05), 3, (1, 1, 0.5, 0.5)),
+    ],
+)
+def test_chances_of_several_budgets_sum_to_their_number(
+    probs: tuple[float, ...], count: int, expected: tuple[float, ...]
+) -> None:
+    found = chances(probs, count)
+    assert found == pytest.approx(expected) and sum(found) == pytest.approx(count)
 
 
 def test_hours_are_of_one_gpu_at_a_share_of_its_peak() -> None:

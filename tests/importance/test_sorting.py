@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +20,9 @@ from importance_models import (
     space_of,
     tokens,
 )
+from torch.profiler import ProfilerActivity, profile
 
+from elastic_megatron.checkpoint import shards
 from elastic_megatron.checkpoint.slice import slice_state
 from elastic_megatron.checkpoint.sort import sort_model, sort_orders, sort_space
 from elastic_megatron.errors import UserError
@@ -50,6 +55,44 @@ def test_law_2_sorting_leaves_logits_unchanged(model, target, axes):
     assert relative(logits(target, ids), logits(model, ids)) < 1e-12
     truth = dict(sorted_state(space, ranking, state))
     assert truth.keys() == moved.keys() and all(torch.equal(moved[k], truth[k]) for k in truth)
+
+
+@given(tile=st.integers(1, 4000))
+@settings(max_examples=15, deadline=None)
+def test_tiles_of_any_size_sort_alike(model, target, tile):
+    """A tile is less than a row, or more than all experts of a layer."""
+    space, state, ranking = space_of(*EVERY), weights(model.state_dict()), random_ranking(PARENT, EVERY)
+    fill(target, state)
+    with patch.object(shards, "TILE", tile):
+        sort_model([target], space, ranking)
+    moved = weights(target.state_dict())
+    assert all(torch.equal(moved[k], v) for k, v in sorted_state(space, ranking, state))
+
+
+@pytest.mark.parametrize("growth", [1, 3], ids=["tensors", "larger tensors"])
+def test_sorting_takes_the_memory_of_a_few_tiles(growth):
+    """Neither of the model, nor of its largest tensor, nor of the experts of a layer."""
+    tile, sizes = 2048, {"vocab_size": 512 * growth, "moe_ffn_hidden_size": 64 * growth, "hidden_size": 128}
+    parent = PARENT.override(**sizes)
+    model, tensors = build(parent), {}
+    for shard in shards.shards(model, parent):
+        key = shard.layer, shard.layout.name
+        tensors[key] = tensors.get(key, 0) + shard.tensor.numel()
+    assert sum(n > 30 * tile for n in tensors.values()) >= 4, "tensors are no larger than tiles"
+    space = ElasticSpace.build(
+        parent, {a: [parent.size(a) // 2] for a in WIDTHS if a != "num_attention_heads"}
+    )
+    ranking = random_ranking(parent, space.axes)
+    with patch.object(shards, "TILE", tile):
+        assert peak(lambda: sort_model([model], space, ranking)) < 4 * tile * 8
+
+
+def peak(run):
+    """Most bytes that torch holds at a time during a call, beyond what was there."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    return max(accumulate(e.nbytes() for e in events if e.name() == "[memory]"))
 
 
 def test_law_2_for_a_measured_ranking(model, target):

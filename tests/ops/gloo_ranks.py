@@ -19,7 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from elastic_megatron.ops import distillation_loss, scale_gradient, sum_over, token_cross_entropy
+from elastic_megatron.ops import (
+    Projection,
+    chunked_distillation_loss,
+    distillation_loss,
+    scale_gradient,
+    sum_over,
+    token_cross_entropy,
+)
 
 all_reduce = dist.all_reduce
 
@@ -111,6 +118,34 @@ def distil(
     loss, kd = distillation_loss(mine, theirs, labels, group=group, **how)
     (grad,) = torch.autograd.grad((weight * loss).sum(), mine)
     return loss.detach(), None if kd is None else kd.detach(), grad
+
+
+def distil_in_chunks(
+    group: dist.ProcessGroup,
+    student: Projection,
+    teacher: Projection | None,
+    labels: Tensor,
+    mask: Tensor,
+    **how: Any,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, int]:
+    """Sums, this part's gradients of hidden states and weight, and how many messages were exchanged."""
+    mine = Projection(
+        student.hidden.clone().requires_grad_(), rows_of(student.weight, group).requires_grad_()
+    )
+    theirs = None if teacher is None else Projection(teacher.hidden, rows_of(teacher.weight, group))
+    counted = dist.all_reduce
+    messages: list[int] = []
+    dist.all_reduce = lambda *args, **kwargs: (messages.append(1), counted(*args, **kwargs))
+    try:
+        loss, kd = chunked_distillation_loss(mine, theirs, labels, mask, group=group, **how)
+        of_hidden, of_weight = torch.autograd.grad(loss, (mine.hidden, mine.weight))
+    finally:
+        dist.all_reduce = counted
+    return loss.detach(), kd, of_hidden, of_weight, len(messages)
+
+
+def rows_of(weight: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return weight.chunk(group.size(), 0)[group.rank()].clone()
 
 
 def judge(group: dist.ProcessGroup, logits: Tensor, labels: Tensor) -> Tensor:

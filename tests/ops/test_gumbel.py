@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_megatron.ops import draw_index, gumbel_noise, gumbel_softmax, uniform
+from elastic_megatron.ops import draw_index, draw_several, gumbel_noise, gumbel_softmax, uniform
 
 # quotients of integers: hypothesis refuses st.floats() where denormals are flushed, as runtime.start asks
 LOGITS = st.integers(-8000, 8000).map(lambda i: i / 1000)
@@ -121,3 +121,33 @@ def test_draws_have_their_frequencies(probs: tuple[float, ...]) -> None:
 def test_draws_are_functions_of_their_key(key: tuple, weights: list[float]) -> None:
     probs = [w / sum(weights) for w in weights]
     assert draw_index(key, probs) == draw_index(key, probs) in range(len(probs))
+
+
+@given(KEYS, st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(any), st.data())
+def test_several_draws_differ_and_have_a_weight(key: tuple, shares: list[int], data: st.DataObject) -> None:
+    probs = [share / sum(shares) for share in shares]
+    count = data.draw(st.integers(1, sum(share > 0 for share in shares)))
+    drawn = draw_several(key, probs, count)
+    assert len({i for i, _ in drawn}) == len(drawn) == count
+    assert all(probs[i] > 0 and 0 < weight <= 1 + 1e-12 for i, weight in drawn)
+    if count == sum(share > 0 for share in shares):
+        assert dict(drawn) == pytest.approx({i: p for i, p in enumerate(probs) if p}) or count == 1
+
+
+@pytest.mark.parametrize(
+    "probs", [(1 / 3, 1 / 3, 1 / 3), (0.7, 0.2, 0.1), (0.5, 0.0, 0.3, 0.15, 0.05)], ids=str
+)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_weighted_draws_have_the_expectation_of_one(probs: tuple[float, ...], count: int) -> None:
+    """An index weighs on average what its probability is, to five standard errors."""
+    trials, total = 4000, dict.fromkeys(range(len(probs)), 0.0)
+    for trial in range(trials):
+        for i, weight in draw_several((trial, "several"), probs, count):
+            total[i] += weight
+    for i, p in enumerate(probs):
+        assert total[i] / trials == pytest.approx(p, abs=5 * math.sqrt(p / trials) + 1e-12)
+
+
+def test_more_draws_than_values_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 different draws from 2 possible values"):
+        draw_several((1, "x"), (0.5, 0.5, 0.0), 3)

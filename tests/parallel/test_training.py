@@ -13,17 +13,23 @@ from layouts import LAYOUTS, Layout
 from pool import RankPool
 from runs import BUDGETS, OPTIMIZER, ROUTER, STEPS, per_draw
 
+SEVERAL = {"budgets_per_batch": 2}
+HARD = {"router": {**ROUTER, "sampling": "hard"}}
+
 
 @pytest.fixture(scope="session")
-def alone(write: Callable[..., Path], ranks: RankPool) -> Callable[[bool, int], dict[str, Any]]:
-    """The run in one process, by model and draws."""
-    found: dict[tuple[bool, int], dict[str, Any]] = {}
+def alone(write: Callable[..., Path], ranks: RankPool) -> Callable[..., dict[str, Any]]:
+    """The run in one process, by model and draws; where these are hard, masked."""
+    found: dict[tuple[bool, int, bool], dict[str, Any]] = {}
 
-    def run(moe: bool, per_draw: int) -> dict[str, Any]:
-        if (moe, per_draw) not in found:
-            file = write(f"alone_{moe}_{per_draw}", moe, per_draw, {"recompute": "full"})
-            (found[moe, per_draw],) = ranks.run(training_jobs.trained, 1, str(file), timeout=240)
-        return found[moe, per_draw]
+    def run(moe: bool, per_draw: int, hard: bool = False) -> dict[str, Any]:
+        key = moe, per_draw, hard
+        if key not in found:
+            sections = {**HARD, "stage": {**SEVERAL, "execution": "masked"}} if hard else {}
+            name = f"alone_{moe}_{per_draw}_{hard}"
+            file = write(name, moe, per_draw, {"recompute": "full"}, **sections)
+            (found[key],) = ranks.run(training_jobs.trained, 1, str(file), timeout=240)
+        return found[key]
 
     return run
 
@@ -40,7 +46,21 @@ def test_ten_steps_are_those_of_one_process(
     expected = alone(layout.moe, per_draw(layout))
     parallel = {"recompute": "full", **layout.parallel}
     file = write(layout.name, layout.moe, per_draw(layout), parallel)
-    results = ranks.run(training_jobs.trained, layout.world, str(file), timeout=240)
+    compare(ranks.run(training_jobs.trained, layout.world, str(file), timeout=240), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_ten_sliced_steps_are_the_masked_ones_of_one_process(
+    layout: Layout, write: Callable[..., Path], alone: Callable[..., Any], ranks: RankPool
+) -> None:
+    expected = alone(layout.moe, per_draw(layout), hard=True)
+    sections = {**HARD, "stage": {**SEVERAL, "execution": "sliced"}}
+    file = write(f"sliced_{layout.name}", layout.moe, per_draw(layout), dict(layout.parallel), **sections)
+    compare(ranks.run(training_jobs.trained, layout.world, str(file), timeout=240), expected)
+
+
+def compare(results: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    """The run of some ranks is that of one process."""
     found = results[0]
     assert len(steps_of(found)) == STEPS
     for mine, theirs in zip(steps_of(found), steps_of(expected), strict=True):

@@ -186,7 +186,10 @@ def micro_batches(recipe: Recipe) -> Any:
     with patched(build_dataset=(datasets.blend, lambda blend, **settings: Tokens(**settings))):
         reader = batches.Batches(curriculum.Curriculum(recipe), 64, torch.device("cpu"))
         for number in range(recipe.last_step):
-            seen += [(tuple(b.tokens.shape), b.budget, b.key) for b in reader.of_step(number)]
+            seen += [
+                (tuple(b.tokens.shape), b.budget, b.key, b.weight, b.again, b.sliced)
+                for b in reader.of_step(number)
+            ]
     return seen
 
 
@@ -210,7 +213,7 @@ def losses(recipe: Recipe) -> Any:
 
     router = build.build_router(recipe, space_of(recipe))
     forward = step.ForwardStep(recipe, router, recipe.total_steps)
-    with patched(elastic_stack=(step, lambda model: SimpleNamespace(running=running))):
+    with patched(running=(step, lambda model, mix: running(mix))):
         for number, budget in product((0, recipe.total_steps - 1), recipe.budgets):
             forward.begin()
             key = (recipe.seed, "gumbel", number, 0)

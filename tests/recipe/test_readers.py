@@ -174,6 +174,8 @@ DATA: dict[str, Case] = {
     "stages[].samples_per_draw": Case(run.micro_batches, "stages.0.samples_per_draw=8"),
     "stages[].budget_probs<word>": Case(run.micro_batches, "stages.0.budget_probs=uniform", ("stages.0.budget_probs={full: 1}",)),
     "stages[].budget_probs<table>": Case(run.micro_batches, "stages.0.budget_probs={small: 1}"),
+    "stages[].budgets_per_batch": Case(run.micro_batches, "stages.0.budgets_per_batch=2"),
+    "stages[].execution": Case(run.micro_batches, "stages.0.execution=masked"),
     "stages[].lr": Case(run.learning_rates, "stages.1.lr=1e-4"),
 }  # fmt: skip
 ROUTER: dict[str, Case] = {

@@ -74,10 +74,16 @@ def test_places_depend_on_nothing_but_the_step(recipe: Callable[..., Recipe]) ->
     assert [other.place(s) for s in reversed(range(5))][::-1] == forwards
 
 
+def first_drawn(curriculum: Curriculum, step: int, unit: int = 0) -> str:
+    ((budget, weight),) = curriculum.draw_budgets(curriculum.place(step), unit)
+    assert weight == 1
+    return budget
+
+
 def test_budget_draws_are_functions_of_seed_step_and_unit(recipe: Callable[..., Recipe]) -> None:
     def draws(seed: int) -> list[list[str]]:
         c = Curriculum(recipe(stages=[stage("a", 40)], seed=seed))
-        return [[c.draw_budget(c.place(s), unit) for s in range(40)] for unit in range(3)]
+        return [[first_drawn(c, s, unit) for s in range(40)] for unit in range(3)]
 
     assert draws(1) == draws(1) != draws(2)
     one, other, third = draws(1)
@@ -99,12 +105,25 @@ def test_the_draw_of_a_sample_depends_on_neither_micro_batches_nor_ranks(
 def test_budget_draws_have_the_stages_frequencies(recipe: Callable[..., Recipe]) -> None:
     probs = {"full": 0.5, "small": 0.5}
     c = Curriculum(recipe(stages=[stage("a", 2000), stage("b", 2000, budget_probs=probs)]))
-    first, second = (
-        [c.draw_budget(c.place(s), 0) for s in steps] for steps in (range(2000), range(2000, 4000))
-    )
+    first, second = ([first_drawn(c, s) for s in steps] for steps in (range(2000), range(2000, 4000)))
     for name in ("full", "medium", "small"):
         assert abs(first.count(name) / 2000 - 1 / 3) < 0.05
     assert second.count("medium") == 0 and abs(second.count("full") / 2000 - 0.5) < 0.05
+
+
+def test_several_budgets_of_a_batch_differ_and_keep_the_expectation_of_one(
+    recipe: Callable[..., Recipe],
+) -> None:
+    probs = {"full": 0.6, "medium": 0.3, "small": 0.1}
+    c = Curriculum(recipe(stages=[stage("a", 4000, budget_probs=probs, budgets_per_batch=2)]))
+    total = dict.fromkeys(probs, 0.0)
+    for step in range(4000):
+        drawn = c.draw_budgets(c.place(step), 0)
+        assert len({budget for budget, _ in drawn}) == 2
+        for budget, weight in drawn:
+            total[budget] += weight
+    for budget, p in probs.items():
+        assert total[budget] / 4000 == pytest.approx(p, abs=0.03)
 
 
 class Groups:

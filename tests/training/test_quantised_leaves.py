@@ -17,7 +17,7 @@ from quantised_dirs import CHOICES, LANES, SHAPE, bits, origin
 from torch import Tensor, nn
 
 from elastic_megatron import runtime
-from elastic_megatron.blocks import build_elastic_model, build_model, running
+from elastic_megatron.blocks import SlicedModel, build_elastic_model, build_model, running
 from elastic_megatron.checkpoint import distributed
 from elastic_megatron.checkpoint.amax import Amax, read_amax
 from elastic_megatron.checkpoint.manifest import Manifest
@@ -28,7 +28,7 @@ from elastic_megatron.quantization.formats import FORMATS, FP8, Format
 from elastic_megatron.quantization.packing import fake_quantise
 from elastic_megatron.quantization.presets import PRESETS
 from elastic_megatron.space import ElasticSpace, SubmodelSpec
-from elastic_megatron.training.quantizers import QuantisedLinears
+from elastic_megatron.training.quantizers import QuantisedLinears, round_alike
 
 TIGHT = 1e-12
 SPACE = ElasticSpace.build(
@@ -255,6 +255,36 @@ def test_masked_equals_sliced_with_rounded_weights_and_inputs(
     sliced = logits_of_slice(model, form, amax, SUBMODELS[name])
     assert sliced.std() > 0.05, "the comparison is about nothing"
     assert relative(masked, sliced) <= TIGHT
+
+
+@pytest.mark.usefixtures("fp64")
+@formats
+@pytest.mark.parametrize("name", SUBMODELS)
+def test_sliced_execution_rounds_as_masked_does(
+    models: dict[str, tuple[Any, dict[str, Amax]]], form: Format, name: str
+) -> None:
+    model, spec = models[form.algo][0], SUBMODELS[name]
+    mix, inputs = one_hot(SPACE, spec), tokens(SPACE, 2, 21)
+    submodels = SlicedModel(model, runtime.hybrid_stack_spec("local"), alike=round_alike)
+    model.zero_grad()
+    masked = run(model, mix, inputs)
+    scalar(masked).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    sliced = submodels.forward(mix, *inputs, None)
+    scalar(sliced).backward()
+    assert relative(sliced, masked) <= TIGHT
+    assert worst(gradients(model), expected, floor=1e-9)[0] <= 1e-10
+    submodel = submodels.model_of(spec)
+    layers = [layer.layer_number - 1 for layer in submodel.decoder.layers]
+    linears = sum(
+        LINEARS[symbol]
+        if symbol != "E"
+        else 2 * spec.at("num_moe_experts", SHAPE.layers_of("E").index(layer)) + 2
+        for layer in layers
+        for symbol in [SHAPE.hybrid_layer_pattern[layer]]
+    )
+    assert len(quantizers(submodel)) == 2 * linears
 
 
 @pytest.mark.usefixtures("fp64")

@@ -35,6 +35,7 @@ from elastic_megatron.training import train as training
 from elastic_megatron.training.build import build_student, build_teacher
 from elastic_megatron.training.family import parent_source
 from elastic_megatron.training.quantize import quantize, rounding_of
+from elastic_megatron.training.step import ForwardStep
 from elastic_megatron.training.train import train
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -384,16 +385,16 @@ def test_every_budget_counts_tokens_alike(
 ) -> None:
     """Ranks sum what their experts got in one collective, so the whole model's counts have the type of a submodel's."""
     counts: dict[str, list[tuple[torch.dtype, float]]] = {}
-    finalize = training._Run._finalize
+    finish = ForwardStep.finish
 
-    def watch(self: Any, *args: Any, **kwargs: Any) -> None:
-        routers = [m for m in self.model.chunks[0].modules() if hasattr(m, "local_tokens_per_expert")]
+    def watch(step: ForwardStep) -> None:
+        finish(step)
+        routers = [m for m in step.submodels[0].model.modules() if hasattr(m, "local_tokens_per_expert")]
         counts[name] = [
             (m.local_tokens_per_expert.dtype, float(m.local_tokens_per_expert.sum())) for m in routers
         ]
-        finalize(self, *args, **kwargs)
 
-    monkeypatch.setattr(training._Run, "_finalize", watch)
+    monkeypatch.setattr(ForwardStep, "finish", watch)
     whole = next(name for name, spec in SUBMODELS.items() if spec == SPACE.full())
     for name in (whole, next(name for name in SUBMODELS if name != whole)):
         recipe = make(tmp_path / name, quantize={"format": "fp8"})

@@ -134,6 +134,11 @@ def _stages(recipe: Recipe, args: Namespace) -> tuple[Stage, ...]:
         )
     micro = args.micro_batch_size
     for index, stage in enumerate(recipe.stages):
+        if stage.budgets_per_batch > 1:
+            raise UserError(
+                f"stages[{index}]: budgets_per_batch {stage.budgets_per_batch} needs a loop that feeds a batch several "
+                "times, and Megatron-LM's feeds it once; write 1, or use elastic-megatron train"
+            )
         if stage.draw_size % micro:
             raise UserError(
                 f"stages[{index}]: samples_per_draw {stage.draw_size} is not a multiple of --micro-batch-size "

@@ -30,7 +30,7 @@ from ...cost.layout import check_layout, check_sequence
 from ...errors import UserError
 from ...importance import Ranking
 from ...space import SubmodelSpec
-from ...training.batches import micro_batch
+from ...training.batches import micro_batches
 from ...training.build import build_router, build_teacher, moe_overrides
 from ...training.curriculum import Curriculum
 from ...training.datasets import check_tokens
@@ -210,7 +210,10 @@ class ElasticPretraining:
         check_tokens(batch["tokens"], self.manifest.shape.vocab_size)
         device, first = next(self.router.parameters()).device, int(batch["sample"][0])
         place = None if step is None else self.curriculum.place(step)
-        return micro_batch(batch, device, self.curriculum, place, first - self.args.consumed_train_samples)
+        (only,) = micro_batches(
+            batch, device, self.curriculum, place, first - self.args.consumed_train_samples
+        )
+        return only
 
     def _finalize(self, *args: Any, **kwargs: Any) -> None:
         """Megatron's reduction of gradients, with the router's among them."""
