@@ -6,7 +6,7 @@ PY312 := $(shell (python3.12 -c 'import sys; print(sys.executable)' || ls -d $${
 PYTHON_ARG := $(if $(PY312),--python $(PY312))
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slurm bench lint types check lock clean
+.PHONY: setup quickstart test test-slurm bench bench-convert lint types check lock clean
 setup: .venv/.ok
 
 .tools/bin/uv:
@@ -28,8 +28,13 @@ test: setup
 test-slurm: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/slurm -m slurm
 
-# a quarter of an hour on an idle machine; tools/benchmarks/README.md
+# ratios of steps, of the distillation loss and of the importance pass: under 20 minutes; tools/benchmarks/README.md
 bench: setup
+	@status=0; for b in steps distillation ranking; do \
+	  OMP_NUM_THREADS=1 $(BIN)/python tools/benchmarks/$$b.py || status=1; done; exit $$status
+
+# conversions beside cp, also at several sizes: 40 minutes on an idle machine
+bench-convert: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tools/benchmarks/convert.py --sweep
 
 lint: setup

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -28,6 +30,21 @@ def megatron() -> runtime.Runtime:
 def fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep fp64 where Megatron rounds to fp32 whatever the model's type is."""
     keep_fp64(monkeypatch)
+
+
+@pytest.fixture
+def fresh_moe_globals() -> Iterator[None]:
+    """Megatron keeps auxiliary losses, by layer, and their scale in globals, which tests must not hand on."""
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    def reset() -> None:
+        destroy_moe_metrics_tracker()
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None
+
+    reset()
+    yield
+    reset()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -10,15 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..cost.sizes import parent_fields
+from ..cost.sliced_memory import SHARED_BY_TENSOR_RANKS
 from ..ops.locate import locate, weights
 from ..space import ElasticSpace, SubmodelSpec, TensorLayout
 
 Alike = Callable[[nn.Module, nn.Module], None]
 Key = tuple[int | None, TensorLayout, int | None]  # layer of the parent, layout, this rank's expert
-_SHARED_BY_TENSOR_RANKS = (
-    "mamba_num_heads", "mamba_num_groups", "num_attention_heads", "num_query_groups", "ffn_hidden_size",
-    "moe_shared_expert_intermediate_size", "vocab_size",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ class Cuts:
     def _ranks(self, field: str) -> int:
         if field == "moe_ffn_hidden_size":
             return self.expert_tensor
-        return self.tensor if field in _SHARED_BY_TENSOR_RANKS else 1
+        return self.tensor if field in SHARED_BY_TENSOR_RANKS else 1
 
 
 def _cut(places: list[tuple[int, list[int]]], shape: tuple[int, ...], device: torch.device) -> Cut:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 _WIDE = 4  # bytes of the fp32 that losses are computed in
 _LEAST = 64
-PRODUCTS = 16  # parts of the vocabulary whose products are made one after another, where the model is not fp32
+PRODUCTS = (
+    16  # parts of the vocabulary whose products are made one after another, where the model is not fp32
+)
 
 
 def chunk_of(hidden_size: int) -> int:

@@ -12,8 +12,8 @@ for its backward pass hold, in numbers:
 - ``E``: 2 n/T shared, n' experts fp32 scores, and for n' topk X dispatched tokens, evenly routed,
   2 hidden (before and after the experts) + 2 moe_ffn / X;
 - a stage behind another: n' hidden of the teacher for each of its chunks, received beside the student's;
-- in an elastic model, whose masks are multiplied in and learn, one more of each tensor that is multiplied: 3 n' hidden,
-  and of inner (3), queries, ffn, shared and dispatched moe_ffn.
+- in an elastic model, whose masks are multiplied in and learn: n' hidden, what a layer wrote before it was masked, and
+  of ``M`` n/T inner, the gated norm's; other products are made again for the backward pass.
 
 Rounding to FP8 or NVFP4 makes a copy of each quantised weight, which its linear keeps for its backward pass as it keeps
 what it was multiplied with, and works on the largest of them in fp32. What ``E`` hands to several experts, and to the
@@ -35,6 +35,7 @@ from .loss_memory import loss_bytes
 from .parallel import Layout, size_of, smallest_world
 from .setting import LayoutSizes, sizes_of
 from .sizes import parent_fields
+from .sliced_memory import Submodels
 
 _BYTES = {"fp32": 4, "bf16": 2}
 _REPLICATED = ("norm.", "input_layernorm.", "pre_mlp_layernorm.", "mlp.router.")
@@ -54,6 +55,7 @@ class Load:
         chunk: tokens whose logits exist at a time in training; ``None`` for as many as ``chunk_of`` says.
         logits: of how many micro-batches they are held, outside of training.
         rounded: the weights that are rounded to a lower precision, by layer and name of the layout.
+        sliced: what micro-batches run on its own widths, where that is known.
     """
 
     seq_length: int
@@ -65,6 +67,7 @@ class Load:
     logits: int = 1
     chunk: int | None = None
     rounded: frozenset[tuple[int, str]] = frozenset()
+    sliced: Submodels | None = None
 
     @property
     def tokens(self) -> int:
@@ -86,9 +89,10 @@ def memory_per_rank(shape: ParentShape, parallel: Layout, load: Load) -> dict[st
 
     A parameter costs its weight (bf16 2, fp32 4), in training an fp32 gradient (4) and Adam (bf16: fp32 copy
     and two moments, 12; fp32: two moments, 8), which ``distributed_optimizer`` splits over data-parallel ranks
-    (of the smallest job, without ``world_size``). The teacher is a second set of frozen weights. Rounded weights and
-    activations are those of the micro-batches in flight (module docstring); with ``recompute``, of one layer, and a
-    layer's input of each. ``logits`` is what the loss takes (``loss_bytes``); outside of training, whole logits.
+    (of the smallest job, without ``world_size``). Among the weights are those that ``sliced`` submodels copy. The
+    teacher is a second set of frozen weights. Rounded weights and activations are those of the micro-batches in flight
+    (module docstring); with ``recompute``, of one layer, and a layer's input of each. ``logits`` is what the loss takes
+    (``loss_bytes``); outside of training, whole logits.
     """
     sizes = sizes_of(parallel)
     stages = [_stage(shape, sizes, stage, load) for stage in range(parallel.pipeline)]
@@ -104,6 +108,9 @@ def _stage(shape: ParentShape, parallel: LayoutSizes, stage: int, load: Load) ->
         "optimizer": 0,
         "teacher": 0,
     }
+    if load.sliced is not None:
+        layers = chain.from_iterable(_chunks(shape, parallel, stage))
+        out["weights"] += load.size * load.sliced.copied(parallel, layers)
     if load.training:
         adam = 12 if load.dtype == "bf16" else 8
         out["gradients"] = 4 * (dense + routed)
@@ -227,24 +234,22 @@ def _layer_bytes(shape: ParentShape, parallel: Layout, symbol: str, load: Load) 
     """Bytes that one layer keeps for one micro-batch; the formulas of the module docstring."""
     rows, split = _residual_tokens(parallel, load.tokens), load.tokens / parallel.context / parallel.tensor
     masked, extra = 1 if load.elastic else 0, 0.0
-    numbers = (2 + 3 * masked) * rows * shape.hidden_size
+    numbers = (2 + masked) * rows * shape.hidden_size
     if symbol == "M":
         inner = shape.mamba_num_heads * shape.mamba_head_dim
         states = shape.mamba_num_groups * shape.mamba_state_dim
         projected = 2 * inner + 2 * states + shape.mamba_num_heads
-        numbers += split * (projected + (inner + 2 * states) + (2 + 3 * masked) * inner)
+        numbers += split * (projected + (inner + 2 * states) + (2 + masked) * inner)
     elif symbol == "*":
-        heads = (2 + masked) * shape.num_attention_heads + 2 * shape.num_query_groups
+        heads = 2 * shape.num_attention_heads + 2 * shape.num_query_groups
         numbers += split * heads * shape.kv_channels
     elif symbol == "-":
-        numbers += split * (2 + masked) * shape.ffn_hidden_size
+        numbers += split * 2 * shape.ffn_hidden_size
     else:
         expert_tensor = size_of(parallel, "expert_tensor")
         dispatched = rows * shape.moe_router_topk * expert_tensor
-        numbers += split * (2 + masked) * shape.moe_shared_expert_intermediate_size
-        numbers += dispatched * (
-            2 * shape.hidden_size + (2 + masked) * shape.moe_ffn_hidden_size / expert_tensor
-        )
+        numbers += split * 2 * shape.moe_shared_expert_intermediate_size
+        numbers += dispatched * (2 * shape.hidden_size + 2 * shape.moe_ffn_hidden_size / expert_tensor)
         if load.rounded:  # what several read is kept as it was, and rounded for each
             shared = rows if shape.moe_shared_expert_intermediate_size else 0
             numbers += (shared + dispatched) * shape.hidden_size

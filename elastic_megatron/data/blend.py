@@ -175,11 +175,12 @@ def data_digest(prefixes: Sequence[str]) -> str:
     for prefix in prefixes:
         _check_prefix(prefix)
         for suffix in (".idx", ".bin"):
-            _hash_file(digest, Path(f"{prefix}{suffix}"))
+            hash_file(digest, Path(f"{prefix}{suffix}"))
     return digest.hexdigest()
 
 
-def _hash_file(digest: Any, path: Path) -> None:
+def hash_file(digest: Any, path: Path) -> None:
+    """Add the size of a file and its bytes, or blocks of them, as ``data_digest`` says."""
     size = path.stat().st_size
     digest.update(size.to_bytes(8, "little"))
     with path.open("rb") as stream:

@@ -6,10 +6,13 @@ from .gumbel import draw_index, draw_several, gumbel_noise, gumbel_softmax, unif
 from .kd import distillation_loss, token_cross_entropy
 from .mix import SubmodelMix
 from .parallel import group_size, scale_gradient, sum_over, zigzag, zigzag_order
+from .top_block import TopLogits
+from .top_logits import top_logits
 
 __all__ = [
     "Projection",
     "SubmodelMix",
+    "TopLogits",
     "chunked_distillation_loss",
     "chunked_token_losses",
     "distillation_loss",
@@ -22,6 +25,7 @@ __all__ = [
     "scale_gradient",
     "sum_over",
     "token_cross_entropy",
+    "top_logits",
     "uniform",
     "zigzag",
     "zigzag_order",

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ..cost.loss_memory import PRODUCTS, chunk_of
 from .logit_block import LogitBlock, Objective
+from .top_block import TopBlock, TopLogits
 
 _Sums = tuple[Tensor, Tensor | None]
 
@@ -40,7 +41,7 @@ class Projection:
 
 def chunked_distillation_loss(
     student: Projection,
-    teacher: Projection | None,
+    teacher: Projection | TopLogits | None,
     labels: Tensor,
     loss_mask: Tensor,
     *,
@@ -54,7 +55,8 @@ def chunked_distillation_loss(
     """The sum over tokens of the loss, and that of its distillation part, each weighted by ``loss_mask``.
 
     Args:
-        teacher: gets no gradient; without one the loss is the cross-entropy.
+        teacher: gets no gradient; without one the loss is the cross-entropy. Of ``TopLogits`` at ``temperature`` the
+            divergence is that of their k + 1 outcomes.
         labels: token ids ``[...]`` in the whole vocabulary, the same on every rank.
         loss_mask: weights ``[...]``, the same on every rank.
         kind, temperature, ce_weight, group: as of :func:`~elastic_megatron.ops.kd.distillation_loss`.
@@ -67,7 +69,7 @@ def chunked_distillation_loss(
         The gradient of ``hidden`` is what the rank's part of the vocabulary adds to it: the caller sums them over
         ``group``. That of the weight is added up over chunks in fp32 or better.
     """
-    how = Objective.of(kind, temperature, ce_weight, group, taught=teacher is not None)
+    how = _objective(teacher, kind, temperature, ce_weight, group)
     tensors = _tensors(student, teacher, how)
     mask = loss_mask.reshape(-1)
     if torch.is_grad_enabled() and (student.hidden.requires_grad or student.weight.requires_grad):
@@ -79,7 +81,7 @@ def chunked_distillation_loss(
 @torch.no_grad()
 def chunked_token_losses(
     student: Projection,
-    teacher: Projection | None,
+    teacher: Projection | TopLogits | None,
     labels: Tensor,
     *,
     kind: str,
@@ -89,18 +91,29 @@ def chunked_token_losses(
     chunk: int | None = None,
 ) -> _Sums:
     """Loss of every token, and its distillation part, ``[...]`` each; arguments as above. Without gradients."""
-    how = Objective.of(kind, temperature, ce_weight, group, taught=teacher is not None)
+    how = _objective(teacher, kind, temperature, ce_weight, group)
     loss, kd = _Chunks(how, *_tensors(student, teacher, how), chunk).run(labels.reshape(-1))
     return loss.view(labels.shape), None if kd is None else kd.view(labels.shape)
 
 
+def _objective(
+    teacher: Projection | TopLogits | None,
+    kind: str,
+    temperature: float,
+    ce_weight: float,
+    group: dist.ProcessGroup | None,
+) -> Objective:
+    top = isinstance(teacher, TopLogits)
+    return Objective.of(kind, temperature, ce_weight, group, taught=teacher is not None, top=top)
+
+
 def _tensors(
-    student: Projection, teacher: Projection | None, how: Objective
+    student: Projection, teacher: Projection | TopLogits | None, how: Objective
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     if teacher is None or not how.distils:
         return (*student.rows(), None, None)
-    hidden, weight = teacher.rows()
-    return (*student.rows(), hidden.detach(), weight.detach())
+    first, second = teacher.rows()
+    return (*student.rows(), first.detach(), second.detach())
 
 
 def _summed(losses: _Sums, mask: Tensor) -> _Sums:
@@ -113,13 +126,13 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
+        ctx: Any, hidden: Tensor, weight: Tensor, of_teacher: Tensor | None, and_teacher: Tensor | None,
         labels: Tensor, mask: Tensor, how: Objective, chunk: int | None, recompute: bool,
     ) -> _Sums:  # fmt: skip
         ctx.how, ctx.chunk, ctx.recompute, ctx.gradients = how, chunk, recompute, None
-        chunks = _Chunks(how, hidden, weight, teacher_hidden, teacher_weight, chunk)
+        chunks = _Chunks(how, hidden, weight, of_teacher, and_teacher, chunk)
         if recompute:
-            ctx.save_for_backward(hidden, weight, teacher_hidden, teacher_weight, labels, mask)
+            ctx.save_for_backward(hidden, weight, of_teacher, and_teacher, labels, mask)
             loss, kd = _summed(chunks.run(labels), mask)
         else:
             loss, kd = _summed(chunks.run(labels, mask, *ctx.needs_input_grad[:2]), mask)
@@ -147,21 +160,22 @@ class _Chunks:
     """A pass over all tokens, in rooms of one chunk.
 
     Args:
-        hidden, teacher_hidden: [n, channels of each].
-        weight, teacher_weight: [V, channels of each].
+        hidden: [n, channels].
+        weight: [V, channels].
+        of_teacher, and_teacher: its hidden states and weight; of ``TopLogits`` ids and log-probabilities.
         chunk: tokens.
     """
 
     def __init__(
-        self, how: Objective, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor | None,
-        teacher_weight: Tensor | None, chunk: int | None,
+        self, how: Objective, hidden: Tensor, weight: Tensor, of_teacher: Tensor | None,
+        and_teacher: Tensor | None, chunk: int | None,
     ) -> None:  # fmt: skip
         self.how, self.hidden, self.weight = how, hidden, weight
-        self.teacher = teacher_hidden, teacher_weight
+        self.teacher = of_teacher, and_teacher
         self.wide = torch.promote_types(hidden.dtype, torch.float32)
         self.chunk = min(chunk or chunk_of(hidden.shape[-1]), len(hidden))
-        rooms = 3 if how.distils else 1
-        self.rooms = [hidden.new_empty(self.chunk, len(weight), dtype=self.wide) for _ in range(rooms)]
+        room = self.chunk, len(weight)
+        self.rooms = [hidden.new_empty(room, dtype=self.wide) for _ in range(how.rooms)]
         self.narrow = hidden.new_empty(self.chunk, len(weight)) if hidden.dtype != self.wide else None
         self.of_hidden: Tensor | None = None
         self.of_weight: Tensor | None = None
@@ -187,15 +201,18 @@ class _Chunks:
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """Of hidden states and weight, in their types; the pass is over."""
         self.rooms.clear()
+        self.narrow = None
         of_weight, self.of_weight = self.of_weight, None
         return self.of_hidden, None if of_weight is None else of_weight.to(self.weight.dtype)
 
-    def _block(self, rows: slice, labels: Tensor) -> LogitBlock:
+    def _block(self, rows: slice, labels: Tensor) -> LogitBlock | TopBlock:
         student, *others = (room[: len(labels)] for room in self.rooms)
         self._project(self.hidden[rows], self.weight, student)
-        hidden, weight = self.teacher
-        if hidden is not None and weight is not None:
-            self._project(hidden[rows], weight, others[0])
+        first, second = self.teacher
+        if first is not None and second is not None:
+            if self.how.top:
+                return TopBlock(self.how, student, tuple(others), labels, first[rows], second[rows])
+            self._project(first[rows], second, others[0])
         return LogitBlock(self.how, student, tuple(others), labels)
 
     def _project(self, hidden: Tensor, weight: Tensor, room: Tensor) -> None:
@@ -221,6 +238,8 @@ class _Chunks:
             self.of_weight.addmm_(of_logits.t(), hidden)
             return
         # products come in the narrow type: a part of the vocabulary at a time, each added at once
-        parts = zip(*(x.chunk(PRODUCTS, dim) for x, dim in ((self.of_weight, 0), (of_logits, 1))), strict=True)
+        parts = zip(
+            *(x.chunk(PRODUCTS, dim) for x, dim in ((self.of_weight, 0), (of_logits, 1))), strict=True
+        )
         for of_part, of_entries in parts:
             of_part.add_(torch.mm(of_entries.t(), hidden))

@@ -1,4 +1,7 @@
-"""Distillation losses on logits, whole or cut along the vocabulary; logits are never gathered."""
+"""Distillation losses on logits, whole or cut along the vocabulary; logits are never gathered.
+
+They take all logits at once: the slow truth that training's ``chunked_kd`` is compared with.
+"""
 
 from __future__ import annotations
 
@@ -53,11 +56,6 @@ def distillation_loss(
 def token_cross_entropy(logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Cross-entropy of every token ``[...]`` in nats; arguments as in :func:`distillation_loss`."""
     return _cross_entropy(_log_softmax(logits, 1.0, group), labels, group)
-
-
-def forward_kl(student: Tensor, teacher: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """KL(teacher || student) of every token ``[...]`` in nats; arguments as in :func:`distillation_loss`."""
-    return _kl(_log_softmax(teacher, 1.0, group), _log_softmax(student, 1.0, group), group)
 
 
 def _kl(log_p: Tensor, log_q: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -17,6 +17,9 @@ from .parallel import group_size
 class Objective:
     """What :func:`~elastic_megatron.ops.kd.distillation_loss` is asked for, and by which ranks.
 
+    Args:
+        top: of the teacher only the most probable entries are known (``top_block``).
+
     Raises ``ValueError`` for a kind that there is not.
     """
 
@@ -24,6 +27,7 @@ class Objective:
     temperature: float
     ce_weight: float
     group: dist.ProcessGroup | None = None
+    top: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ("forward_kl", "reverse_kl", "cross_entropy"):
@@ -31,11 +35,12 @@ class Objective:
 
     @classmethod
     def of(
-        cls, kind: str, temperature: float, ce_weight: float, group: dist.ProcessGroup | None, *, taught: bool
-    ) -> Objective:
+        cls, kind: str, temperature: float, ce_weight: float, group: dist.ProcessGroup | None, *, taught: bool,
+        top: bool = False,
+    ) -> Objective:  # fmt: skip
         """Of a student that is ``taught``; else the cross-entropy, which knows neither temperature nor weight."""
         if taught and kind != "cross_entropy":
-            return cls(kind, temperature, ce_weight, group)
+            return cls(kind, temperature, ce_weight, group, top)
         return cls("cross_entropy", 1.0, 1.0, group)
 
     @property
@@ -46,6 +51,13 @@ class Objective:
     def two_temperatures(self) -> bool:
         """Whether the cross-entropy sees the student at another temperature than the divergence does."""
         return self.temperature != 1.0 and self.ce_weight != 0.0
+
+    @property
+    def rooms(self) -> int:
+        """Blocks of logits that are worked in."""
+        if self.top:
+            return 1 + self.two_temperatures
+        return 3 if self.distils else 1
 
 
 class LogitBlock:

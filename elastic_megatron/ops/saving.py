@@ -33,7 +33,8 @@ def recomputing(product: Tensor, x: Tensor, factor: Tensor) -> AbstractContextMa
 
     def pack(saved: Tensor) -> Any:
         if not saved.numel() or saved.untyped_storage().data_ptr() != memory:
-            return saved
+            # a node that saves its own result would otherwise keep itself alive
+            return saved.detach()
         return saved.shape, saved.stride(), saved.storage_offset(), *kept
 
     return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)

@@ -120,7 +120,8 @@ class Families:
             elastic = recipe.job == "rank" or bool(recipe.budgets)
             space = elastic_space(recipe, parent) if elastic else None
         teacher = None
-        if recipe.job in ("train", "quantize") and recipe.loss.kind != "cross_entropy":
+        asked = recipe.loss.kind != "cross_entropy" and not recipe.teacher.cache_only
+        if recipe.job in ("train", "quantize") and asked:
             chosen = recipe.teacher.checkpoint
             teacher = (
                 parent.shape if chosen is None else self._stored(job, "teacher.checkpoint", chosen).shape

@@ -11,7 +11,9 @@ from ..cost.batch_rules import sequence_cut
 from ..cost.rank_memory import Load, memory_per_rank, usable
 from ..cost.remedy import problems_of, said
 from ..cost.setting import Change, Setting
-from ..recipe import JobChain, PlannedJob
+from ..cost.sliced_memory import Submodels
+from ..recipe import JobChain, PlannedJob, Recipe
+from ..recipe.training import Stage
 from .family import Family, Found, own_steps
 from .layout import setting_of
 
@@ -64,17 +66,15 @@ def loads(chain: JobChain, job: PlannedJob, family: Family) -> Iterator[tuple[st
         recipe.model.dtype,
         recipe.job == "train",
         family.teacher,
-        recipe.job == "train" and bool(recipe.budgets),
+        recipe.job == "train" and bool(recipe.budgets) and not family.frozen,
         chunk=recipe.loss.chunk,
         rounded=_rounded(family) if recipe.quantize is not None else frozenset(),
     )
     if recipe.job == "train":
         for index, _ in own_steps(chain, job):
             stage = recipe.stages[index]
-            yield (
-                f"stages.{index}",
-                replace(load, seq_length=stage.seq_length, micro_batch_size=stage.micro_batch_size),
-            )
+            size = {"seq_length": stage.seq_length, "micro_batch_size": stage.micro_batch_size}
+            yield f"stages.{index}", replace(load, sliced=_sliced(recipe, stage, family), **size)
     elif recipe.job == "rank":
         rank = recipe.rank
         # the logits before and after sorting, and those being compared
@@ -86,6 +86,18 @@ def loads(chain: JobChain, job: PlannedJob, family: Family) -> Iterator[tuple[st
         # likewise those of the model and of its quantised self
         size = {"seq_length": fed.seq_length, "micro_batch_size": fed.micro_batch_size}
         yield "quantize", replace(load, training=False, elastic=False, logits=3, **size)
+
+
+def _sliced(recipe: Recipe, stage: Stage, family: Family) -> Submodels | None:
+    """The submodels of a stage whose widths are known and computed alone."""
+    if family.space is None or not family.frozen or stage.execution == "masked":
+        return None
+    drawn = [
+        family.result.submodels[name] for name, odds in recipe.budget_probabilities(stage).items() if odds
+    ]
+    known = frozenset(spec for spec in drawn if spec.widths)
+    # what is quantised is made of Megatron's own linears, not of Transformer Engine's
+    return Submodels(family.space, known, dense=recipe.quantize is None)
 
 
 def _rounded(family: Family) -> frozenset[tuple[int, str]]:

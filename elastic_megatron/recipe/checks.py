@@ -103,6 +103,16 @@ def _plain_training(
         yield Problem(("loss", "kind"), text)
 
 
+def _teacher_cache(teacher: Teacher, loss: Loss) -> Iterator[Problem]:
+    if teacher.cache_only and teacher.cache is None:
+        yield Problem(
+            ("teacher", "cache_only"), "needs teacher.cache: the folder that has what the teacher said"
+        )
+    if teacher.cache is not None and loss.kind == "cross_entropy":
+        text = "has no effect on loss.kind: cross_entropy, which asks no teacher; null removes an inherited folder"
+        yield Problem(("teacher", "cache"), text)
+
+
 def _topk(model: Model, space: Space) -> Iterator[Problem]:
     if model.sizes is None:
         return
@@ -211,6 +221,7 @@ _CHECKS: tuple[Callable[..., Iterator[Problem]], ...] = (
     _frozen_router,
     _exported_submodels,
     _plain_training,
+    _teacher_cache,
     _topk,
     _parallel_switches,
     _world_size,

@@ -179,6 +179,19 @@ class Teacher(Section):
     checkpoint: FilePath | None = Field(
         default=None, description="Directory of the teacher's checkpoints; default: the parent itself."
     )
+    cache: FilePath | None = Field(
+        default=None,
+        description="Folder that keeps what the teacher says of every sequence, so that later runs over the same ones "
+        "need not ask again; the loss then distils top_k entries and all others as one.",
+    )
+    top_k: Positive = Field(
+        default=64,
+        description="Most probable entries of the vocabulary that the cache keeps for a token, 6 bytes each; at most "
+        "all.",
+    )
+    cache_only: Switch = Field(
+        default=False, description="Hold no teacher in memory: the cache has every sequence already."
+    )
 
 
 class Loss(Section):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import runtime
 from ..data import blend
+from ..errors import UserError
 from ..ops.parallel import zigzag
 from ..recipe import Recipe
 from ..recipe.deploy import Quantize
@@ -19,13 +20,24 @@ from ..recipe.training import Stage
 from .curriculum import Curriculum, Place
 from .datasets import check_tokens, dataset
 from .step import MicroBatch
+from .teacher_cache import TeacherCache
 
 
 class Batches:
-    """Pure functions of the step; the data set of one stage at a time is kept open."""
+    """Pure functions of the step; the data set of one stage at a time is kept open.
 
-    def __init__(self, curriculum: Curriculum, vocab_size: int, device: torch.device) -> None:
-        self.curriculum, self.recipe = curriculum, curriculum.recipe
+    Args:
+        cache: of what the teacher says, if any: of it every micro-batch brings what is known of its sequences.
+    """
+
+    def __init__(
+        self,
+        curriculum: Curriculum,
+        vocab_size: int,
+        device: torch.device,
+        cache: TeacherCache | None = None,
+    ) -> None:
+        self.curriculum, self.recipe, self.cache = curriculum, curriculum.recipe, cache
         self.vocab_size, self.device = vocab_size, device
         self.datasets: dict[int, Any] = {}
 
@@ -44,8 +56,29 @@ class Batches:
             )  # fmt: skip
             check_tokens(batch["tokens"], self.vocab_size)
             first = (m * ranks + rank) * stage.micro_batch_size
-            out += micro_batches(batch, self.device, self.curriculum, place, first)
+            lesson = self.cache.lesson(batch["tokens"]) if self.cache is not None else None
+            found = micro_batches(batch, self.device, self.curriculum, place, first)
+            out += [replace(micro_batch, lesson=lesson) for micro_batch in found]
         return out
+
+    def check_known(self, first: int, last: int) -> None:
+        """Raise ``UserError`` on all ranks where the cache lacks a sequence of steps ``first`` to ``last - 1``.
+
+        Ranks share the sequences. Nothing is looked at where there is a teacher that could be asked.
+        """
+        if self.cache is None or not self.cache.only:
+            return
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        counts = torch.zeros(2, dtype=torch.int64)
+        for step in range(first, last):
+            place = self.curriculum.place(step)
+            samples, end = self._dataset(place.stage_index), place.samples + place.stage.global_batch_size
+            for row in range(place.samples + rank, end, ranks):
+                counts += torch.tensor([1, not self.cache.lists(samples[row]["tokens"])])
+        counts = counts.to(self.device)
+        torch.distributed.all_reduce(counts)
+        if int(counts[1]):
+            raise UserError(self.cache.lacks(f"{int(counts[1])} of the {int(counts[0])} sequences ahead"))
 
     def budgets(self, place: Place) -> str | dict[str, int]:
         """The budgets of a step's micro-batches on all ranks: a name, or how many each had."""

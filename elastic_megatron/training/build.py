@@ -30,6 +30,7 @@ from .distill import DistilledChunk
 from .family import DTYPES
 from .overlap import Submodels
 from .quantizers import QuantisedLinears, Rounding, round_alike
+from .teacher_cache import TeacherCache
 
 
 @dataclass(frozen=True)
@@ -253,9 +254,23 @@ def moe_overrides(recipe: Recipe, source: Source) -> dict[str, Any]:
 
 
 def build_teacher(recipe: Recipe, source: Source) -> list[nn.Module]:
-    """Chunks of the frozen parent (or another checkpoint) in evaluation mode; none for plain cross-entropy."""
-    if recipe.loss.kind == "cross_entropy":
+    """Chunks of the frozen parent (or another checkpoint) in evaluation mode.
+
+    None for plain cross-entropy, and where the teacher's cache stands for it.
+    """
+    if recipe.loss.kind == "cross_entropy" or recipe.teacher.cache_only:
         return []
+    chosen = teacher_source(recipe, source)
+    build = partial(build_model, chosen.manifest.shape, dtype=DTYPES[recipe.model.dtype])
+    if chosen.manifest.shape.num_moe_experts:
+        build = partial(build, moe_token_dispatcher_type=recipe.parallel.dispatcher)
+    teacher = build_chunks(lambda vp_stage: build(vp_stage=vp_stage))
+    chosen.fill(teacher)
+    return [chunk.requires_grad_(False).eval() for chunk in teacher]
+
+
+def teacher_source(recipe: Recipe, source: Source) -> Source:
+    """The model that is distilled: the parent, or another. Raises ``UserError`` where it cannot be."""
     if recipe.teacher.checkpoint is None and recipe.model.sizes is not None:
         raise UserError(
             f"loss.kind {recipe.loss.kind} distils the parent, but model.sizes starts from random weights; train "
@@ -267,9 +282,11 @@ def build_teacher(recipe: Recipe, source: Source) -> list[nn.Module]:
             f"teacher.checkpoint has vocabulary {chosen.manifest.shape.vocab_size}, the parent "
             f"{source.manifest.shape.vocab_size}; distillation needs one tokenizer"
         )
-    build = partial(build_model, chosen.manifest.shape, dtype=DTYPES[recipe.model.dtype])
-    if chosen.manifest.shape.num_moe_experts:
-        build = partial(build, moe_token_dispatcher_type=recipe.parallel.dispatcher)
-    teacher = build_chunks(lambda vp_stage: build(vp_stage=vp_stage))
-    chosen.fill(teacher)
-    return [chunk.requires_grad_(False).eval() for chunk in teacher]
+    return chosen
+
+
+def open_teacher_cache(recipe: Recipe, source: Source) -> TeacherCache | None:
+    """The cache of what the teacher says, where the recipe has one; collective."""
+    if recipe.teacher.cache is None:
+        return None
+    return TeacherCache.open(recipe, teacher_source(recipe, source))

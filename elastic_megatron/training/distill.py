@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ..blocks import SlicedModel, elastic_stack, projection
 from ..ops.chunked_kd import Projection
 from ..ops.mix import SubmodelMix
+from ..ops.top_block import TopLogits
+from .teacher_cache import Lesson
 
 
 class DistilledChunk(MegatronModule):
@@ -43,25 +45,36 @@ class DistilledChunk(MegatronModule):
         self._sliced: SubmodelMix | None = None
         self._reference: Any = None
         self._again = False
+        self._lesson: Lesson | None = None
 
     @contextmanager
-    def running(self, mix: SubmodelMix, *, sliced: bool = False, again: bool = False) -> Iterator[None]:
-        """Forward passes inside this context run ``mix`` of the student.
+    def running(
+        self,
+        mix: SubmodelMix | None,
+        *,
+        sliced: bool = False,
+        again: bool = False,
+        lesson: Lesson | None = None,
+    ) -> Iterator[None]:
+        """Forward passes inside this context run ``mix`` of the student, or all of it.
 
         Args:
             sliced: on its own widths.
             again: on the tokens of the forward pass before, whose result of the teacher is taken.
+            lesson: what the teacher's cache knows of the tokens; with all of them the teacher does not run.
         """
-        self._again = again
+        self._again, self._lesson = again, lesson
         try:
-            if sliced and self.submodels is not None:
+            if mix is None:
+                yield
+            elif sliced and self.submodels is not None:
                 self._sliced = mix
                 yield
             else:
                 with elastic_stack(self.module).running(mix):
                     yield
         finally:
-            self._sliced, self._again = None, False
+            self._sliced, self._again, self._lesson = None, False, None
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """[s, b, student's hidden size + teacher's], received from the previous stage."""
@@ -73,13 +86,12 @@ class DistilledChunk(MegatronModule):
 
     def forward(
         self, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor | None
-    ) -> Tensor | tuple[Projection, Projection | None]:
+    ) -> Tensor | tuple[Projection, Projection | TopLogits | None]:
         """What makes the logits of both on the last stage (``None`` without a teacher), else one hidden tensor."""
         inputs = tokens, position_ids, attention_mask
         call = projection if self.module.post_process else nn.Module.__call__
-        if self.teacher is not None and not self._again:
-            with torch.no_grad():
-                self._reference = call(self.teacher, *inputs)
+        if not self._again:
+            self._reference = self._taught(call, inputs)
         output: Any
         if self._sliced is not None and self.submodels is not None:
             output = self.submodels.forward(self._sliced, *inputs, call=call)
@@ -87,4 +99,20 @@ class DistilledChunk(MegatronModule):
             output = call(self.module, *inputs)
         if self.module.post_process:
             return output, self._reference
-        return output if self.teacher is None else torch.cat([output, self._reference], dim=-1)
+        if self.teacher is None:
+            return output
+        beside = output.new_zeros(1).expand(*output.shape[:-1], self.widths[1])
+        return torch.cat([output, beside if self._reference is None else self._reference], dim=-1)
+
+    @torch.no_grad()
+    def _taught(
+        self, call: Any, inputs: tuple[Tensor, Tensor, Tensor | None]
+    ) -> Tensor | Projection | TopLogits | None:
+        """What the teacher says, or said to its cache; ``None`` on stages that need not run it."""
+        last, lesson = self.module.post_process, self._lesson
+        if lesson is not None and lesson.known:
+            return lesson.recalled(inputs[0].device) if last else None
+        if self.teacher is None:
+            return None
+        said = call(self.teacher, *inputs)
+        return lesson.noted(said) if last and lesson is not None else said

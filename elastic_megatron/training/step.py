@@ -16,9 +16,11 @@ from ..blocks import SlicedModel, running
 from ..ops.chunked_kd import Projection, chunked_distillation_loss
 from ..ops.mix import SubmodelMix
 from ..ops.parallel import scale_gradient
+from ..ops.top_block import TopLogits
 from ..recipe import Recipe
 from ..router import BudgetRouter, RouterStep, Schedule, budget_loss
 from .distill import DistilledChunk
+from .teacher_cache import Lesson
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class MicroBatch:
         weight: of its loss.
         again: the tokens are those of the micro-batch before, for another budget: the teacher has seen them.
         sliced: run it on its submodel's widths, where its draw is one-hot.
+        lesson: what the teacher's cache knows of its sequences, where there is one.
     """
 
     tokens: Tensor
@@ -41,6 +44,7 @@ class MicroBatch:
     weight: float = 1.0
     again: bool = False
     sliced: bool = False
+    lesson: Lesson | None = None
 
 
 class ForwardStep:
@@ -105,7 +109,7 @@ class ForwardStep:
         self, iterator: Iterator[MicroBatch], model: nn.Module
     ) -> tuple[Tensor | Projection, Callable[[Projection], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
         batch = next(iterator)
-        context, router_loss = nullcontext(), None
+        mix, router_loss = self.frozen.get(batch.budget or ""), None
         if self.router_step is not None and batch.budget is not None:
             budget = next(b for b in self.router_step.router.budgets if b.name == batch.budget)
             hard = self.settings.sampling == "hard"
@@ -116,10 +120,7 @@ class ForwardStep:
                 dead_zone=self.settings.dead_zone,
                 identity_weight=self.settings.identity_weight,
             )
-            context = _running(model, mix, batch)
-        elif batch.budget in self.frozen:
-            context = _running(model, self.frozen[batch.budget], batch)
-        with context:
+        with _running(model, mix, batch):
             output = model(batch.tokens, batch.position_ids, None)
         student, reference = output if isinstance(output, tuple) else (output, None)
         return student, partial(self._loss, batch, reference, router_loss)
@@ -127,7 +128,7 @@ class ForwardStep:
     def _loss(
         self,
         batch: MicroBatch,
-        reference: Projection | None,
+        reference: Projection | TopLogits | None,
         router_loss: Tensor | None,
         student: Projection,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -159,11 +160,12 @@ class ForwardStep:
         return total, counted.to(torch.int), {name: value.detach() for name, value in sums.items()}
 
 
-def _running(model: Any, mix: SubmodelMix, batch: MicroBatch) -> AbstractContextManager[None]:
-    """Context in which forward passes of a chunk run a mix, through whatever wraps it."""
+def _running(model: Any, mix: SubmodelMix | None, batch: MicroBatch) -> AbstractContextManager[None]:
+    """Context in which forward passes of a chunk run a mix, or all of it, through whatever wraps it."""
     while hasattr(model, "module") and not isinstance(model, DistilledChunk):
         model = model.module
-    mix = mix.weighted(batch.weight)
+    mix = None if mix is None else mix.weighted(batch.weight)
     if isinstance(model, DistilledChunk):
-        return model.running(mix, sliced=batch.sliced and mix.hard, again=batch.again)
-    return running(model, mix)
+        sliced = batch.sliced and mix is not None and mix.hard
+        return model.running(mix, sliced=sliced, again=batch.again, lesson=batch.lesson)
+    return nullcontext() if mix is None else running(model, mix)

@@ -22,7 +22,7 @@ from ..recipe import Recipe, dump
 from ..router.table import router_line
 from ..space import ElasticSpace, SubmodelSpec
 from .batches import Batches, eval_batch_size, eval_windows
-from .build import Model, build_student, build_teacher
+from .build import Model, build_student, build_teacher, open_teacher_cache
 from .curriculum import Curriculum, LearningRate
 from .datasets import check_files
 from .evaluate import evaluate
@@ -33,6 +33,7 @@ from .quantizers import Rounding
 from .signals import StopSignal
 from .start import start
 from .step import ForwardStep
+from .teacher_cache import TeacherCache
 from .versions import versions
 
 LOGGED = ("tokens", "loss", "kd_loss", "router_loss")
@@ -92,6 +93,7 @@ def _train(
 ) -> Outcome:
     """Build, load and run, on ranks that have been joined."""
     rounding = rounding_of(recipe, saved) if recipe.quantize is not None and saved is not None else None
+    cache = open_teacher_cache(recipe, source)
     model = build_student(recipe, source, space, build_teacher(recipe, source), rounding)
     # what `quantize` saved are the weights that the student has, and no optimizer
     resumed = saved is not None and not (rounding is not None and tracker.iteration(saved) == 0)
@@ -114,7 +116,9 @@ def _train(
     ) as log, distributed.Saver(
         recipe.run_dir / "checkpoints", keep_last=checkpoint.keep_last, async_save=checkpoint.async_save
     ) as saver:  # fmt: skip
-        return _Run(recipe, curriculum, model, manifest, source, saver, log, stop, rounding).steps(first)
+        return _Run(recipe, curriculum, model, manifest, source, saver, log, stop, rounding, cache).steps(
+            first
+        )
 
 
 class _Run:
@@ -122,7 +126,7 @@ class _Run:
 
     def __init__(self, recipe: Recipe, curriculum: Curriculum, model: Model, manifest: Manifest,
                  source: Source, saver: distributed.Saver, log: RunLog, stop: StopSignal,
-                 rounding: Rounding | None) -> None:  # fmt: skip
+                 rounding: Rounding | None, cache: TeacherCache | None) -> None:  # fmt: skip
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         self.recipe, self.curriculum, self.model, self.log, self.stop = recipe, curriculum, model, log, stop
@@ -139,7 +143,7 @@ class _Run:
             if model.space is not None
         }
         self.forward_step = ForwardStep(recipe, model.router, curriculum.total_steps, mixes, model.submodels)
-        self.batches = Batches(curriculum, manifest.shape.vocab_size, self.device)
+        self.batches = Batches(curriculum, manifest.shape.vocab_size, self.device, cache)
         self.windows = eval_windows(recipe)
         for chunk in model.ddp:
             chunk.config.finalize_model_grads_func = self._finalize
@@ -149,6 +153,7 @@ class _Run:
         rates = LearningRate(self.model.optimizer, self.recipe.optimizer, self.curriculum)
         if asked := self._asked_to_stop():
             return self._interrupted(asked, first, "stopped before the first step")
+        self.batches.check_known(first, total)
         for step in range(first, total):
             asked = self._one_step(step, rates.set(step))
             self.saver.poll()

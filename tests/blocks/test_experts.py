@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from fractions import Fraction
 from math import lcm
 from typing import Any
@@ -24,11 +23,10 @@ from laws import (
 )
 from megatron.core.transformer.moe.moe_logging import (
     MoEMetricsTracker,
-    destroy_moe_metrics_tracker,
     get_moe_metrics_tracker,
     set_moe_metrics_tracker,
 )
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_updated_expert_bias
+from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 from torch import Tensor
 
 from elastic_megatron.blocks.mixers import _excess
@@ -46,12 +44,7 @@ SPECS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fresh_globals() -> Iterator[None]:
-    """Megatron keeps the losses' values and their scale in globals."""
-    yield
-    destroy_moe_metrics_tracker()
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+pytestmark = pytest.mark.usefixtures("fresh_moe_globals")
 
 
 def routers(model: Any) -> list[Any]:

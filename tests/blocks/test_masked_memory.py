@@ -98,3 +98,15 @@ def test_a_rescaled_activation_has_the_gradients_of_a_product(dtype: torch.dtype
     for a, b in zip(found, wanted, strict=True):
         assert a.dtype is b.dtype
         assert (a.double() - b.double()).norm() <= limit * b.double().norm()
+
+
+@pytest.mark.parametrize("module", [nn.Tanh(), nn.Linear(6, 6)])
+def test_a_forward_pass_without_a_backward_pass_leaves_nothing(module: nn.Module) -> None:
+    """Also where a module saves what it returns."""
+    x, factor = torch.ones(4, 6, requires_grad=True), torch.ones(6, requires_grad=True)
+    product = x * factor
+    with recomputing(product, x, factor):
+        out = module(product)
+    made = [StorageWeakRef(t.untyped_storage()) for t in (product, out)]
+    del product, out
+    assert all(memory.expired() for memory in made)

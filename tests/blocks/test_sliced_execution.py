@@ -41,7 +41,7 @@ SPECS = {
     "narrow": spec_of(SPACE, hidden_size=16),
 }
 
-pytestmark = pytest.mark.usefixtures("fp64")
+pytestmark = pytest.mark.usefixtures("fp64", "fresh_moe_globals")
 
 
 @pytest.fixture(scope="module")

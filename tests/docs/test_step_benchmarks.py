@@ -56,7 +56,7 @@ def row(**changes: Any) -> dict[str, Any]:
     return result()["rows"][0] | changes
 
 
-BENCHMARKS = ("steps", "distillation", "ranking")
+BENCHMARKS = ("steps", "distillation", "ranking", "peer")
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -287,3 +287,35 @@ def test_losses_that_differ_are_not_compared_in_time(
     monkeypatch.setattr(distillation, "LOSSES", wrong)
     with pytest.raises(UserError, match="differ by 1.0e-03"):
         distillation._agree(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [([], "name a checkout of Megatron-LM with --checkout"),
+     (["--checkout", "{}"], "has no megatron/elastification; name a newer checkout with --checkout")],
+)  # fmt: skip
+def test_the_peer_needs_a_checkout(
+    tools: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    says: str,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["peer.py", *(o.format(tmp_path) for o in options)])
+    assert tools("peer").main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.endswith(f"{says}\n") and error.count("\n") == 1
+
+
+def test_a_peer_that_cannot_be_imported_says_why(tools: Callable[[str], Any], tmp_path: Path) -> None:
+    folder = tmp_path / "megatron" / "elastification"
+    folder.mkdir(parents=True)
+    (folder / "flextron_elasticity_hooks.py").write_text("from megatron.core import no_such_name\n")
+    load = tools("peer").loader(tmp_path)
+    with pytest.raises(
+        UserError, match=r"^.*hooks.py does not run beside this Megatron-Core: .*no_such_name"
+    ):
+        load("flextron_elasticity_hooks")
+    with pytest.raises(UserError, match="another.py does not run beside this Megatron-Core"):
+        load("another")

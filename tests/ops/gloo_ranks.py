@@ -21,11 +21,13 @@ from torch import Tensor
 
 from elastic_megatron.ops import (
     Projection,
+    TopLogits,
     chunked_distillation_loss,
     distillation_loss,
     scale_gradient,
     sum_over,
     token_cross_entropy,
+    top_logits,
 )
 
 all_reduce = dist.all_reduce
@@ -123,7 +125,7 @@ def distil(
 def distil_in_chunks(
     group: dist.ProcessGroup,
     student: Projection,
-    teacher: Projection | None,
+    teacher: Projection | TopLogits | None,
     labels: Tensor,
     mask: Tensor,
     **how: Any,
@@ -132,7 +134,9 @@ def distil_in_chunks(
     mine = Projection(
         student.hidden.clone().requires_grad_(), rows_of(student.weight, group).requires_grad_()
     )
-    theirs = None if teacher is None else Projection(teacher.hidden, rows_of(teacher.weight, group))
+    theirs = teacher
+    if isinstance(teacher, Projection):
+        theirs = Projection(teacher.hidden, rows_of(teacher.weight, group))
     counted = dist.all_reduce
     messages: list[int] = []
     dist.all_reduce = lambda *args, **kwargs: (messages.append(1), counted(*args, **kwargs))
@@ -142,6 +146,13 @@ def distil_in_chunks(
     finally:
         dist.all_reduce = counted
     return loss.detach(), kd, of_hidden, of_weight, len(messages)
+
+
+def top_of(group: dist.ProcessGroup, teacher: Projection, k: int, **how: Any) -> tuple[Tensor, Tensor]:
+    """Ids and log-probabilities of the most probable entries."""
+    mine = Projection(teacher.hidden, rows_of(teacher.weight, group))
+    found = top_logits(mine, k, group=group, **how)
+    return found.ids, found.log_p
 
 
 def rows_of(weight: Tensor, group: dist.ProcessGroup) -> Tensor:

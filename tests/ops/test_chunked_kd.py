@@ -258,9 +258,10 @@ def test_gradients_of_a_bf16_weight_are_added_up_in_fp32(recompute: bool) -> Non
 
 
 @EVERY_KIND
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3])
-def test_bf16_is_as_near_to_fp64_as_dense_bf16(kind: str, ce_weight: float) -> None:
-    how = PLAIN | {"kind": kind, "ce_weight": ce_weight}
+def test_bf16_is_as_near_to_fp64_as_dense_bf16(kind: str, temperature: float, ce_weight: float) -> None:
+    how = {"kind": kind, "temperature": temperature, "ce_weight": ce_weight}
     s, t = (typed(model(i, 40, 301, 16, 0.5), torch.bfloat16) for i in (1, 2))
     labels, mask = texts(1, 40, 301)
     exact, theirs = (typed(Projection(p.hidden.detach(), p.weight.detach()), torch.float64) for p in (s, t))

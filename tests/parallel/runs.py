@@ -35,7 +35,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a parent of each kind and the data set ``text``."""
     folder = tmp_path_factory.mktemp("parallel")
     byte_tokenizer().save_pretrained(folder / "tokenizer")
-    text = next(iter(sorted(TEXT.glob("*.txt")))).read_text()[:4000]
+    text = (TEXT / "shakespeare_train.txt").read_text()[:4000]
     (folder / "text.txt").write_text(text)
     prepare([folder / "text.txt"], folder / "text", folder / "tokenizer")
     return folder

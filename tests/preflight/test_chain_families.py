@@ -70,7 +70,8 @@ def test_a_run_folder_passes_from_stage_to_stage(tmp_path: Path) -> None:
     steps = {job.name: list(own_steps(chain, job)) for job in chain.jobs}
     whole = [(i, s.steps) for i, s in enumerate(chain.job("stage2").recipe.stages)]
     assert steps == {"rank": [], "stage1": whole[:1], "stage2": whole[1:], "export": []}
-    (found,) = findings(path, "stage1.stages.0.micro_batch_size=16", "stage2.stages.0.micro_batch_size=16")
+    large = ("micro_batch_size=16", "seq_length=4096")
+    (found,) = findings(path, *(f"{job}.stages.0.{value}" for job in ("stage1", "stage2") for value in large))
     assert found.job == "stage1", "the second job does not run the first stage again"
 
 

@@ -50,7 +50,8 @@ SETTINGS: dict[str, tuple[list[str], str, str]] = {
     "blocks": ([f"{job}.{TORN}" for job in ("rank", "train", "qad")], "ptq, qad",
                "NVFP4 takes input columns in blocks of 16: moe_ffn_hidden_size=48 leaves 24 in each of 2 parts"),
     "memory": (["ptq.quantize.micro_batch_size=32", "ptq.quantize.seq_length=4096"], "ptq", "most of it logits"),
-    "memory of training": (["qad.stages.0.micro_batch_size=16"], "qad", "most of it activations"),
+    "memory of training": (["qad.stages.0.micro_batch_size=16", "qad.stages.0.seq_length=4096"], "qad",
+                           "most of it activations"),
     "time": (["ptq.quantize.samples=65536", "ptq.slurm.time=0:01:00"], "ptq", "and a quantize job begins anew each time"),
 }  # fmt: skip
 MAY_BE_MEANT = {"positions", "memory", "memory of training", "time"}

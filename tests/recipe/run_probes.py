@@ -28,6 +28,7 @@ from elastic_megatron.checkpoint import source as checkpoint_source
 from elastic_megatron.checkpoint.resolve import budgets, elastic_space, parent_manifest
 from elastic_megatron.commands import export_recipe
 from elastic_megatron.errors import UserError
+from elastic_megatron.ops import chunked_kd
 from elastic_megatron.ops.mix import SubmodelMix
 from elastic_megatron.recipe import Recipe
 from elastic_megatron.router.loss import budget_loss
@@ -41,6 +42,7 @@ from elastic_megatron.training import (
     rank,
     start,
     step,
+    teacher_cache,
     train,
 )
 
@@ -202,7 +204,8 @@ def stage_names(recipe: Recipe) -> Any:
 def losses(recipe: Recipe) -> Any:
     """What micro-batches of every budget cost at the first and the last step, over fixed logits; and their widths."""
     generator = torch.Generator().manual_seed(0)
-    logits, reference = torch.randn(2, 2, 8, 64, generator=generator).unbind()
+    logits = torch.randn(2, 2, 8, 64, generator=generator)
+    student, reference = (chunked_kd.Projection(one, torch.eye(64)) for one in logits)
     tokens = torch.arange(16).view(2, 8)
     seen: list[Any] = []
 
@@ -218,8 +221,26 @@ def losses(recipe: Recipe) -> Any:
             forward.begin()
             key = (recipe.seed, "gumbel", number, 0)
             batch = step.MicroBatch(tokens, tokens, torch.ones(2, 8), tokens, number, budget, key)
-            out, loss = forward(iter([batch]), lambda *_: (logits, reference))  # type: ignore[arg-type]
+            out, loss = forward(iter([batch]), lambda *_: (student, reference))  # type: ignore[arg-type]
             seen.append({name: float(value) for name, value in loss(out)[2].items()})
+    return seen
+
+
+def logit_blocks(recipe: Recipe) -> Any:
+    """How many tokens' logits are made at a time, by a forward and a backward pass over 16 tokens."""
+    tokens, seen = torch.arange(16).view(2, 8), []
+
+    class Block(chunked_kd.LogitBlock):
+        def __init__(self, objective: Any, student: torch.Tensor, *others: Any) -> None:
+            seen.append(len(student))
+            super().__init__(objective, student, *others)
+
+    student = chunked_kd.Projection(torch.zeros(2, 8, 4), torch.zeros(64, 4, requires_grad=True))
+    forward = step.ForwardStep(recipe, None, recipe.total_steps)
+    batch = step.MicroBatch(tokens, tokens, torch.ones(2, 8), tokens, 0, None, ())
+    with patched(LogitBlock=(chunked_kd, Block)):
+        out, loss = forward(iter([batch]), lambda *_: (student, student))  # type: ignore[arg-type]
+        loss(out)[0].backward()
     return seen
 
 
@@ -251,6 +272,20 @@ def opened(recipe: Recipe) -> Any:
         with contextlib.suppress(UserError, Stop, AttributeError):
             build.build_teacher(recipe, source)
     return seen
+
+
+def kept(recipe: Recipe) -> Any:
+    """Where what the teacher says is kept, how much of it, and whether there is a teacher that could be asked."""
+    seen: list[Any] = []
+    manifest = SimpleNamespace(shape=SimpleNamespace(vocab_size=64))
+    source = family.Source(Path("teacher"), manifest, stop, None)  # type: ignore[arg-type]
+    with patched(
+        teacher_source=(build, lambda *_: source),
+        _claim=(teacher_cache, lambda folder, header: seen.append((folder, header))),
+        digest=(teacher_cache, str),
+    ):
+        found = build.open_teacher_cache(recipe, source)
+    return seen, found is not None and (found.records.folder, found.top_k, found.only)
 
 
 def ranking(recipe: Recipe) -> Any:

@@ -156,6 +156,9 @@ MODEL: dict[str, Case] = {
     "model.dtype": Case(run.model_config, "model.dtype=bf16"),
     "model.tokenizer": Case(run.opened, "model.tokenizer=words", ("model={hf: parent}",)),
     "teacher.checkpoint": Case(run.opened, "teacher.checkpoint=teacher", ("model={hf: parent}",)),
+    "teacher.cache": Case(run.kept, "teacher.cache=kept"),
+    "teacher.top_k": Case(run.kept, "teacher.top_k=7", ("teacher.cache=kept",)),
+    "teacher.cache_only": Case(run.kept, "teacher.cache_only=true", ("teacher.cache=kept",)),
     "loss.moe_aux_loss": Case(run.model_config, "loss.moe_aux_loss=0.1"),
     "loss.moe_bias_update_rate": Case(run.model_config, "loss.moe_bias_update_rate=0.1"),
 }  # fmt: skip
@@ -212,6 +215,8 @@ ROUTER: dict[str, Case] = {
     "loss.kind": Case(run.losses, "loss.kind=reverse_kl"),
     "loss.temperature": Case(run.losses, "loss.temperature=2"),
     "loss.ce_weight": Case(run.losses, "loss.ce_weight=0.5"),
+    "loss.chunk": Case(run.logit_blocks, "loss.chunk=5"),
+    "loss.recompute": Case(run.logit_blocks, "loss.recompute=true"),
 }  # fmt: skip
 OPTIMIZER: dict[str, Case] = {
     "optimizer.lr": Case(run.learning_rates, "optimizer.lr=2e-3"),

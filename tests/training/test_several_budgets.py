@@ -20,7 +20,7 @@ from elastic_megatron.training.step import ForwardStep, MicroBatch
 SPACE = subspace()
 SPECS: dict[str, SubmodelSpec] = {"full": SPACE.full(), "small": SPACE.smallest()}
 
-pytestmark = pytest.mark.usefixtures("fp64", "megatron")
+pytestmark = pytest.mark.usefixtures("fp64", "megatron", "fresh_moe_globals")
 
 
 class Watched(torch.nn.Module):

@@ -65,8 +65,8 @@ BUDGETS: Mapping[str, Mapping[str, int]] = {
     "full": {},
     "middle": {"hidden_size": 7, "mamba_num_heads": 6, "moe_ffn_hidden_size": 6,
                "moe_shared_expert_intermediate_size": 6, "ffn_hidden_size": 6, "num_moe_experts": 7},
-    "small": {"hidden_size": 5, "mamba_num_heads": 6, "moe_ffn_hidden_size": 4,
-              "moe_shared_expert_intermediate_size": 4, "ffn_hidden_size": 4, "num_moe_experts": 6,
+    "small": {"hidden_size": 6, "mamba_num_heads": 4, "moe_ffn_hidden_size": 3,
+              "moe_shared_expert_intermediate_size": 3, "ffn_hidden_size": 3, "num_moe_experts": 6,
               "num_attention_heads": 6},
 }  # fmt: skip
 _TARGETS = {"full": 1.0, "middle": 0.7, "small": 0.45}
@@ -158,9 +158,15 @@ class Steps:
     def submodels(self) -> SlicedModel:
         return SlicedModel(self.elastic)
 
-    def sliced(self, budget: str) -> Step:
-        """A budget's submodel on its own widths; its weights are cut out anew, as after a step of the optimizer."""
+    def sliced(self, budget: str, *, learning: bool = False) -> Step:
+        """A budget's submodel on its own widths; its weights are cut out anew, as after a step of the optimizer.
+
+        Args:
+            learning: with gradients of the one-hot choices, for a router that still learns.
+        """
         mix = SubmodelMix.one_hot(self.space, spec_of(self.space, budget), self.setting.device)
+        for probabilities in mix.tensors():
+            probabilities.requires_grad_(learning)
 
         def step() -> None:
             self.submodels.refresh()
@@ -223,5 +229,6 @@ CONTENDERS: Mapping[str, Callable[[Steps], Step]] = {
     "masked, decided, denormal": lambda steps: steps.decided(flush=False),
     **{f"masked, {b}": lambda steps, b=b: steps.masked(b) for b in BUDGETS},
     **{f"sliced, {b}": lambda steps, b=b: steps.sliced(b) for b in BUDGETS},
+    "sliced learning, small": lambda steps: steps.sliced("small", learning=True),
     **{f"extracted, {b}": lambda steps, b=b: steps.extracted(b) for b in BUDGETS},
 }

@@ -55,6 +55,11 @@ def _all(way: str) -> tuple[str, ...]:
 COMPARISONS = (
     Comparison("sliced small / extracted small", ("sliced, small",), ("extracted, small",), 1.10),
     Comparison("sliced small / masked small", ("sliced, small",), ("masked, small",), 0.60),
+    Comparison(
+        "sliced small, the router learning / extracted small",
+        ("sliced learning, small",),
+        ("extracted, small",),
+    ),
     Comparison("sliced full / stock", ("sliced, full",), ("stock",), 1.03),
     Comparison("sliced / masked, mean of the three budgets", _all("sliced"), _all("masked"), 0.80),
     Comparison("masked soft / stock", ("masked, soft",), ("stock",), 1.12, 1.05),
@@ -101,6 +106,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = interleave.start()
     at, few = setting(device), Setting(SMALL, 1, 32, device)
     compared = [c for c in COMPARISONS if device.type == "cpu" or not c.few]
+    step_flops = 3 * at.tokens * flops_per_token(sizes_of_parent(at.parent), at.length)
     weighed = _names(c for c in compared if c.memory_target is not None)
     memory = {n: interleave.peak_of(Path(__file__), [n]) for n in weighed}
     times = _race(_names(c for c in compared if not c.few), at, args.rounds)
@@ -116,10 +122,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             n: {
                 "seconds": interleave.spread(times[n]),
                 "tokens": at.tokens,
-                "flops": 3
-                * at.tokens
-                * _share(n, at)
-                * flops_per_token(sizes_of_parent(at.parent), at.length),
+                "flops": _share(n, at) * step_flops,
                 "peak_bytes": memory.get(n),
             }
             for n in times

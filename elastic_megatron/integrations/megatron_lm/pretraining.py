@@ -67,6 +67,11 @@ class ElasticPretraining:
                 f"{args.elastic_recipe} has quantize or router.frozen, which pretrain_elastic.py does not do; use "
                 "elastic-megatron quantize and train"
             )
+        if self.recipe.teacher.cache is not None:
+            raise UserError(
+                f"{args.elastic_recipe} has teacher.cache, which pretrain_elastic.py does not use; remove it, or use "
+                "elastic-megatron train"
+            )
         args.pretrained_checkpoint = None  # read here: Megatron would load it over the sorted weights
         self.resumed = args.load is not None and (Path(args.load) / tracker.TRACKER).exists()
         manifest = RunFolder.read(Path(args.load)) if self.resumed else self.parent.manifest
@@ -135,9 +140,7 @@ class ElasticPretraining:
 
     datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank reads its own batches
 
-    def forward_step(
-        self, iterator: Iterator[Any], model: nn.Module
-    ) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    def forward_step(self, iterator: Iterator[Any], model: nn.Module) -> tuple[Any, Callable[[Any], Any]]:
         """Megatron's ``forward_step_func``; in evaluation it runs the whole parent-sized model."""
         step = self.args.curr_iteration
         if model.training and self.step.router_step is None:
