@@ -89,6 +89,7 @@ def test_any_changed_byte_of_a_record_hides_it_and_no_other(tmp_path: Path) -> N
         place = 32 + record + at
         (broken / path.name).write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         assert read(broken, 1, 20) is None
+        assert read(broken, 1 ^ 4, 20) is None, "a key that was damaged is no other's"
         assert [read(broken, n, 20) for n in (0, 2)] == [payloads[0], payloads[2]]
 
 

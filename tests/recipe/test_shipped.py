@@ -160,7 +160,7 @@ BOTH = {
     "router.lr": 1e-2, "router.tau.start": 1.0, "router.tau.end": 0.05,
     "router.logit_scale.start": 1.0, "router.logit_scale.end": 10.0, "router.inner_size": 256, "router.loss_weight": 1.0,
     "optimizer.warmup_steps": 60, "loss.kind": "forward_kl", "loss.ce_weight": 0.0, "loss.temperature": 1.0,
-    "teacher": {}, "model.dtype": "bf16",
+    "teacher": {"top_k": 64, "cache_only": False}, "model.dtype": "bf16",
 }  # fmt: skip
 # The numbers of arXiv 2605.07182 and 2511.16664, written down a second time.
 PUBLISHED: dict[Path, dict[str, Any]] = {

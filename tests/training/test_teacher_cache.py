@@ -212,6 +212,7 @@ def test_a_damaged_record_is_asked_for_again(
         train(recipe)
     assert calls == [1]
     assert steps_of(recipe) == steps_of(straight)
+    assert len(records(cache)) == 40 + (harm == "changed"), "its neighbours in the micro-batch were known"
     again = cached(elastic, tmp_path / "again", cache, teacher={"cache_only": True})
     train(again)
     assert steps_of(again) == steps_of(straight)
