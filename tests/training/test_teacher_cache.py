@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from quantised_runs import recipe_of, save_family
 from run_state import assert_same_state, crash_before, lines
 from torch import Tensor
 
@@ -284,3 +285,23 @@ def test_keys_that_contradict_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=says):
         load(recipe_file(tmp_path / "run", **sections))
+
+
+def test_distillation_of_a_quantised_family_needs_no_teacher_either(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Nor does calibration; both then report losses, and no divergence from a teacher that is not there."""
+    family, evals = save_family(tmp_path / "family"), []
+    teacher = {"cache": str(tmp_path / "cache"), "top_k": 8}
+    runs = [
+        recipe_of(write_recipe, tmp_path / f"only_{only}", family, teacher={**teacher, "cache_only": only})
+        for only in (False, True)
+    ]
+    for recipe in runs:
+        train(recipe)
+        evals.append([line["eval"]["submodels"] for line in lines(recipe.run_dir) if "eval" in line])
+    assert steps_of(runs[1]) == steps_of(runs[0]) != []
+    assert len(evals[0]) == len(evals[1]) > 2
+    for there, not_there in zip(*evals, strict=True):
+        for name, result in there.items():
+            assert "kl" in result and {k: v for k, v in result.items() if k != "kl"} == not_there[name]
