@@ -20,13 +20,12 @@ setup: .venv/.ok
 quickstart: setup
 	$(BIN)/elastic-megatron quickstart
 
-# OMP_NUM_THREADS=1: threads that spin while other work runs cost far more than they bring
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+	$(BIN)/pytest -q -n 2 --dist loadfile
 
 # against a real Slurm on this machine, with time limits and lost nodes; its daemons: tests/slurm/install.sh
 test-slurm: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/slurm -m slurm
+	$(BIN)/pytest -q tests/slurm -m slurm
 
 # ratios of steps, of the distillation loss and of the importance pass: under 20 minutes; tools/benchmarks/README.md
 bench: setup
