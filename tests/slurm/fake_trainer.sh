@@ -32,11 +32,16 @@ leave() {
 
 echo "$attempt rank $RANK of $WORLD_SIZE, local $LOCAL_RANK, $MASTER_ADDR:$MASTER_PORT, $1 from $step" >>"$job/ranks"
 echo "rank $RANK starts at step $step"
+# as real ranks meet before they train: the first to fail takes the others along, whatever they had still to write
+meet() { for _ in {1..600}; do "$@" && return; sleep 0.1; done; exit 9; }
+all_started() { [[ $(grep -c "^$attempt rank " "$job/ranks") -ge $WORLD_SIZE ]]; }
+newer() { [[ $(cat "$tracker" 2>/dev/null) -gt $step ]]; }
+meet all_started
 
 case ${plan[index]} in
     finish) exit 0 ;;
     exit-*) exit "${plan[index]#exit-}" ;;
-    advance-*) advance && exit "${plan[index]#advance-}" ;;
+    advance-*) advance && meet newer && exit "${plan[index]#advance-}" ;;
     wait)
         trap 'leave USR1 75' USR1
         trap 'leave TERM 143' TERM
