@@ -1,4 +1,4 @@
-"""Room for checkpoints and exports, disk by disk."""
+"""Room for checkpoints, exports and what teachers said, disk by disk."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ..checkpoint.hf_quantised import stored_bytes
 from ..cost import account
 from ..errors import UserError
 from ..recipe import JobChain, PlannedJob
+from ..recipe.training import cached_bytes, tokens_after
 from ..space import ElasticSpace, SubmodelSpec
 from .family import Families, Family, Found, destinations
 from .paths import nearest, writable
@@ -25,7 +26,7 @@ def disk_problems(chain: JobChain, families: Families) -> Iterator[Found]:
         free = shutil.disk_usage(place).free
         if size <= free:
             continue
-        text = f"{place} has {free / _GIB:.1f} GiB free, checkpoints and exports will take {size / _GIB:.1f} GiB of it"
+        text = f"{place} has {free / _GIB:.1f} GiB free, the chain will write {size / _GIB:.1f} GiB to it"
         yield "error", f"{text}; {_remedy(chain, families, keeps, place, size - free)}"
 
 
@@ -38,7 +39,9 @@ def _remedy(chain: JobChain, families: Families, keeps: Mapping[str, int], place
 
     most = bisect_left(range(1, max(keeps.values(), default=1)), True, key=too_large)
     if most == 0:
-        return f"free {lacking / _GIB:.1f} GiB there, or choose a run_dir on another disk"
+        cached = any(job.recipe.teacher.cache is not None for job in chain.jobs)
+        other = "a smaller teacher.top_k, or another disk" if cached else "a run_dir on another disk"
+        return f"free {lacking / _GIB:.1f} GiB there, or choose {other}"
     return "set " + " and ".join(
         f"{n}.checkpoint.keep_last={most}" for n, kept in keeps.items() if kept > most
     )
@@ -62,6 +65,10 @@ def wanted(chain: JobChain, families: Families, keeps: Mapping[str, int]) -> dic
         folder = job.recipe.run_dir / "checkpoints"
         size = checkpoint_bytes(job, family) * (keeps.get(job.name, 0) + 1)
         folders[folder] = max(folders.get(folder, 0), size)
+        cache = job.recipe.teacher.cache
+        if cache is not None:
+            # jobs that share a folder may meet the same sequences
+            folders[cache] = max(folders.get(cache, 0), cache_bytes(job, family))
     disks: dict[int, Path] = {}
     out: dict[Path, int] = {}
     for folder, size in folders.items():
@@ -87,6 +94,15 @@ def checkpoint_bytes(job: PlannedJob, family: Family) -> int:
     weight = 2 if job.recipe.model.dtype == "bf16" else 4
     adam = 12 if job.recipe.job == "train" else 0
     return account(family.shape).total_params * (weight + adam)
+
+
+def cache_bytes(job: PlannedJob, family: Family) -> int:
+    """What a teacher's cache keeps of all tokens that a job trains on; no run sees a sequence twice."""
+    recipe = job.recipe
+    if recipe.job != "train" or recipe.teacher.cache_only:
+        return 0
+    top_k = min(recipe.teacher.top_k, family.shape.vocab_size)
+    return cached_bytes(tokens_after(recipe.last_step, recipe.stages), top_k)
 
 
 def export_bytes(job: PlannedJob, family: Family) -> dict[Path, int]:

@@ -10,12 +10,13 @@ from pathlib import Path
 from ..recipe import JobChain, PlannedJob
 from ..recipe.deploy import RECORD
 from ..recipe.elastic import LatencyBudget
-from .family import Found, destinations
+from ..recipe.training import CACHE_HEADER
+from .family import Found, ancestors, destinations
 
 
 def path_problems(chain: JobChain, job: PlannedJob) -> Iterator[Found]:
     """Findings about one job's files, but for the model, which ``Families`` looks for."""
-    for text in (*_data(job), *_others(job), *_export(chain, job)):
+    for text in (*_data(job), *_others(job), *_cache(chain, job), *_export(chain, job)):
         yield "error", text
     for key, folder in _written(job):
         if not writable(folder):
@@ -46,6 +47,8 @@ def _written(job: PlannedJob) -> Iterator[tuple[str, Path]]:
     yield "run_dir", recipe.run_dir
     if recipe.job != "export" and recipe.data.cache is not None:
         yield "data.cache", recipe.data.cache
+    if recipe.job == "train" and recipe.teacher.cache is not None and not recipe.teacher.cache_only:
+        yield "teacher.cache", recipe.teacher.cache
     if recipe.job == "export" and recipe.export is not None:
         yield from (("export.elastic", recipe.export.elastic),) if recipe.export.elastic else ()
         yield from (("export.slices", recipe.export.slices),) if recipe.export.slices else ()
@@ -66,6 +69,7 @@ def paths_of(chain: JobChain) -> Iterator[tuple[Path, str]]:
             ("model.checkpoint", recipe.model.checkpoint),
             ("model.tokenizer", recipe.model.tokenizer),
             ("teacher.checkpoint", recipe.teacher.checkpoint),
+            ("teacher.cache", recipe.teacher.cache if recipe.teacher.cache_only else None),
         ):
             if path is not None:
                 yield path, f"{name}: {key}"
@@ -95,6 +99,20 @@ def _others(job: PlannedJob) -> Iterator[str]:
     for name, budget in recipe.budgets.items():
         if isinstance(budget, LatencyBudget) and not budget.table.is_file():
             yield f"budgets.{name}.table: {budget.table} is missing; measure it with tools/profile_latency.py"
+
+
+def _cache(chain: JobChain, job: PlannedJob) -> Iterator[str]:
+    """A job without a teacher finds what one said, or a job before it asks one."""
+    teacher = job.recipe.teacher
+    if job.recipe.job != "train" or teacher.cache is None or not teacher.cache_only:
+        return
+    before = [each.recipe for each in ancestors(chain, job).values() if each.recipe.job == "train"]
+    asked = any(r.teacher.cache == teacher.cache and not r.teacher.cache_only for r in before)
+    if not asked and not (teacher.cache / CACHE_HEADER).is_file():
+        yield (
+            f"teacher.cache: {teacher.cache} holds nothing that a teacher said; set teacher.cache_only=false, or name "
+            "the folder of a run that asked one"
+        )
 
 
 def _export(chain: JobChain, job: PlannedJob) -> Iterator[str]:

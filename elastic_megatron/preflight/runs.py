@@ -13,6 +13,12 @@ from .family import Found, ancestors
 _QUANTISES = ("model", "quantize")
 # sections that decide what training computes; how it is laid out, logged and saved may change on the way
 _DECIDES = ("seed", "model", "space", "budgets", "router", "optimizer", "teacher", "loss", "quantize")
+# and keys of them that do not
+_HOW = {
+    "teacher": {"cache_only"},
+    "loss": {"chunk", "recompute"},
+    "stages": {"micro_batch_size", "execution"},
+}
 
 
 def shared_runs(chain: JobChain, job: PlannedJob) -> Iterator[Found]:
@@ -70,10 +76,12 @@ def _dumped(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
 
 def _deciding(recipe: Recipe) -> dict[str, Any]:
     """What decides training, as plain values by their keys; a stage's draw is as large as it comes out."""
-    whole = _dumped(recipe, _DECIDES)
+    whole = recipe.model_dump(
+        mode="json", include=set(_DECIDES), exclude={name: _HOW[name] for name in ("teacher", "loss")}
+    )
     whole["data"] = {"train": recipe.model_dump(mode="json", include={"data"})["data"]["train"]}
     whole["stages"] = [
-        stage.model_dump(mode="json", exclude={"micro_batch_size"})
+        stage.model_dump(mode="json", exclude=_HOW["stages"])
         | {"samples_per_draw": stage.draw_size, "budget_probs": recipe.budget_probabilities(stage)}
         for stage in recipe.stages
     ]

@@ -33,8 +33,8 @@ from ..ops.parallel import zigzag, zigzag_order
 from ..ops.top_block import TopLogits
 from ..ops.top_logits import top_logits
 from ..recipe import Recipe
+from ..recipe.training import CACHE_HEADER, cached_bytes
 
-HEADER = "teacher.json"
 _FORMAT = 1
 
 
@@ -103,8 +103,8 @@ class TeacherCache:
         )
 
     def record_bytes(self, length: int) -> int:
-        """Bytes of what is stored of a sequence: 6 k + 4 a token."""
-        return length * (6 * self.top_k + 4)
+        """Bytes of what is stored of a sequence."""
+        return cached_bytes(length, self.top_k)
 
     def write(self, key: bytes, parts: Sequence[np.ndarray]) -> None:
         """Store a record. Where the disk refuses, the run goes on without writing, and says so once."""
@@ -196,10 +196,10 @@ def digest(folder: Path) -> str:
 
 def _claim(folder: Path, header: dict[str, Any]) -> None:
     """Leave the header in a new folder; raise ``UserError`` where there is another one."""
-    file = folder / HEADER
+    file = folder / CACHE_HEADER
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{HEADER}.{os.getpid()}"
+        temporary = folder / f"{CACHE_HEADER}.{os.getpid()}"
         temporary.write_text(json.dumps(header, indent=1) + "\n")
         temporary.replace(file)
     try:

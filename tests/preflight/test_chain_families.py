@@ -120,6 +120,7 @@ def test_jobs_of_one_run_have_one_curriculum(tmp_path: Path, override: str, says
 
 def test_jobs_of_one_run_may_differ_in_how_they_run(tmp_path: Path) -> None:
     same = ["stage2.stages.0.micro_batch_size=1", "stage2.stages.0.samples_per_draw=2"]
+    same += ["stage2.stages.0.execution=masked", "stage2.loss.chunk=256", "stage2.loss.recompute=true"]
     other = ["stage2.parallel.recompute=full", "stage2.slurm.nodes=4", "stage2.checkpoint.interval=7"]
     assert findings(two_stages(tmp_path), *same, *other, "stage2.name=other", "stage2.log.interval=3") == []
 
