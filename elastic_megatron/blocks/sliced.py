@@ -2,7 +2,7 @@
 
 A micro-batch whose draw is one-hot needs none of what the draw cut off. Its submodel is built once as a model of its
 own, of the same stock modules, and its parameters point into those of the whole: a view where the kept components
-are a prefix of every dimension they live in, else a copy that lasts until ``refresh``. What a backward pass leaves on
+are a prefix of every dimension they live in, else a copy that lasts until ``release``. What a backward pass leaves on
 them is added to the whole model's gradients at once, so that nothing downstream (Megatron's DDP, its reductions, the
 optimizer) can tell sliced from masked execution.
 """
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -57,7 +58,11 @@ class SlicedModel:
         self._submodels: dict[SubmodelSpec, _Submodel] = {}
 
     def refresh(self) -> None:
-        """The whole model's weights have changed: what was copied from them is cut out again when next needed."""
+        """The whole model's weights have changed."""
+        self.release()
+
+    def release(self) -> None:
+        """Give back what was copied from the whole model's weights; it is cut out again when next needed."""
         for spec in list(self._submodels)[:-_KEPT]:
             del self._submodels[spec]
         for submodel in self._submodels.values():
@@ -76,6 +81,14 @@ class SlicedModel:
             found.model.train(self.model.training)
         return found.model
 
+    @contextmanager
+    def running(self, mix: SubmodelMix) -> Iterator[Any]:
+        """The submodel that a hard mix is, to be called inside this context."""
+        spec = mix.argmax()
+        model = self.model_of(spec)
+        with elastic_stack(model).running(SlicedMix(mix, spec)):
+            yield model
+
     def forward(self, mix: SubmodelMix, *args: Any, call: Callable[..., Any] = nn.Module.__call__) -> Any:
         """Run the submodel that a hard mix is; arguments and result as of the chunk's own ``forward``.
 
@@ -84,11 +97,9 @@ class SlicedModel:
         Args:
             call: what to do with the submodel and ``args``.
         """
-        spec = mix.argmax()
-        model, stack = self.model_of(spec), self.model.decoder
-        if not self.model.pre_process and model is not self.model:
-            model.set_input_tensor(stack.input_tensor[..., : model.config.hidden_size])
-        with elastic_stack(model).running(SlicedMix(mix, spec)):
+        with self.running(mix) as model:
+            if not self.model.pre_process and model is not self.model:
+                model.set_input_tensor(self.model.decoder.input_tensor[..., : model.config.hidden_size])
             output = call(model, *args)
         if self.model.post_process or model is self.model:
             return output

@@ -61,6 +61,7 @@ def evaluate_source(
     from ..checkpoint.source import open_source, open_stored
     from ..cost import account
     from ..serving.model import build_served, space_of
+    from ..training.distill import DistilledChunk
     from ..training.evaluate import evaluate
 
     opened = open_source(source)
@@ -70,9 +71,10 @@ def evaluate_source(
         manifest.submodel(submodel)
     names = [*manifest.submodels] if submodel == "all" else [submodel]
     chosen = {} if space is None else {name: manifest.submodel(name) for name in names}
-    model = build_served(opened)
-    with opened.served([model]):
-        results = evaluate([model], space, chosen, windows)
+    served = build_served(opened)
+    chunk = DistilledChunk(served.model, submodels=served.submodels)
+    with opened.served([served.model]):
+        results = evaluate([chunk], space, chosen, windows)
     stored = open_stored(source)
     out: dict[str, dict[str, Any]] = {}
     for name, result in results.items():

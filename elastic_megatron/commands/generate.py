@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedTokenizerFast
 
     from ..checkpoint.source import Source
     from ..serving.budget import Generated, Watch, Writer
     from ..serving.decode import Choose, Written
+    from ..serving.model import Served
 
 
 def add_parser(subparsers: Any) -> None:
@@ -109,23 +109,18 @@ def _generate(
     prompt = encode_prompt(tokenizer, text, manifest.shape.vocab_size, plain=args.plain, thinking=marks)
     ends = end_tokens(tokenizer, manifest.hf_config)
     choose = Sampling(args.temperature, args.top_p, args.seed).chooser()
-    model = build_served(opened)
-    with opened.served([model]):
-        if not thinking:
-            write = _writer(model, opened, args.submodel, choose)
-            return answered(write, prompt, args.max_new_tokens, ends, watch)
-        think, answer = (_writer(model, opened, name, choose) for name in (args.think, args.answer))
-        return thought_and_answered(
-            think, answer, prompt, args.budget, args.max_new_tokens, ends, marks, watch
-        )
+    served = build_served(opened)
+    if not thinking:
+        return answered(_writer(served, args.submodel, choose), prompt, args.max_new_tokens, ends, watch)
+    think, answer = (_writer(served, name, choose) for name in (args.think, args.answer))
+    return thought_and_answered(think, answer, prompt, args.budget, args.max_new_tokens, ends, marks, watch)
 
 
-def _writer(model: nn.Module, opened: Source, name: str | None, choose: Choose) -> Writer:
+def _writer(served: Served, name: str | None, choose: Choose) -> Writer:
     from ..serving.decode import write
-    from ..serving.model import running_submodel
 
     def writer(prompt: Sequence[int], limit: int, stops: Container[int], watch: Watch) -> Written:
-        with running_submodel(model, opened.manifest, name):
+        with served.running(name) as model:
             return write(model, prompt, limit, stops=stops, choose=choose, watch=watch)
 
     return writer

@@ -32,6 +32,13 @@ def rounding(form: Format, linears: Iterable[tuple[nn.Module, Tensor]]) -> Itera
         yield
 
 
+def round_alike(module: nn.Module, original: nn.Module) -> None:
+    """Let a linear that was cut out of another one round its inputs as that one does now."""
+    for hook in original._forward_pre_hooks.values():
+        if isinstance(hook, _Rounds) and hook not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(hook)
+
+
 class _Rounds:
     def __init__(self, form: Format, scale: Tensor) -> None:
         self._form, self._scale = form, scale

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from .. import runtime
-from ..blocks import build_elastic_model, running
+from ..blocks import SlicedModel, build_elastic_model, running
 from ..checkpoint.source import open_source
 from ..cost import account
 from ..data.blend import windows
@@ -25,6 +25,7 @@ from ..report import write_report
 from ..report.console import family_table
 from ..router.loss import relative_cost, relative_target
 from ..space import ElasticSpace, SubmodelSpec
+from ..training.distill import DistilledChunk
 from ..training.evaluate import evaluate
 from ..training.versions import versions
 
@@ -49,6 +50,7 @@ def evaluate_family(story: Story) -> None:
     length = story.elastic.stages[-1].seq_length
     ids = list(windows(encode(tokenizer, story.heldout.read_text()), length))
     model = build_elastic_model(space)
+    chunk = DistilledChunk(model, submodels=SlicedModel(model))
     losses = {}
     for kind, source in (
         ("loss_unsorted_slice", open_source(story.parent.run_dir)),
@@ -56,9 +58,9 @@ def evaluate_family(story: Story) -> None:
         ("loss_trained", trained),
     ):
         source.fill([model])
-        losses[kind] = evaluate([model], space, submodels, ids)
+        losses[kind] = evaluate([chunk], space, submodels, ids)
         if kind == "loss_unsorted_slice":
-            parent = evaluate([model], space, {"parent": space.full()}, ids)["parent"]
+            parent = evaluate([chunk], space, {"parent": space.full()}, ids)["parent"]
     measured = {
         "parent": parent,
         "losses": losses,

@@ -139,7 +139,9 @@ def _leaves(recipe: Recipe) -> Any:
 
 
 def _can_be_sliced(recipe: Recipe, space: ElasticSpace) -> bool:
-    """Can submodels run on their own widths here? Raises ``UserError`` where they cannot and a stage insists."""
+    """May submodels run on their own widths? Raises ``UserError`` where a stage insists and they cannot."""
+    if all(stage.execution == "masked" for stage in recipe.stages):
+        return False
     tensor, keys = runtime.groups().tp.size(), space.parent.num_query_groups
     if "*" not in space.parent.hybrid_layer_pattern or keys % tensor == 0:
         return True

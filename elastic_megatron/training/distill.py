@@ -27,14 +27,12 @@ class DistilledChunk(MegatronModule):
 
     Args:
         student, teacher: chunks of the same pipeline stage, bare; the teacher may be absent.
-
-    Attributes:
         submodels: of the student, for sliced execution; ``None`` where every micro-batch is masked.
     """
 
-    submodels: SlicedModel | None = None
-
-    def __init__(self, student: nn.Module, teacher: nn.Module | None = None) -> None:
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module | None = None, submodels: SlicedModel | None = None
+    ) -> None:
         config = copy.copy(student.config)
         self.widths = [m.config.hidden_size for m in (student, teacher) if m is not None]
         # what schedules take for the width of a message between stages
@@ -42,10 +40,15 @@ class DistilledChunk(MegatronModule):
         super().__init__(config)
         self.module = student
         self.__dict__["teacher"] = teacher
+        self.submodels = submodels
         self._sliced: SubmodelMix | None = None
         self._reference: Any = None
         self._again = False
         self._lesson: Lesson | None = None
+
+    def alone(self) -> DistilledChunk:
+        """The student without the teacher."""
+        return DistilledChunk(self.module, submodels=self.submodels)
 
     @contextmanager
     def running(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import runtime
-from ..blocks import forward_only, running
+from ..blocks import forward_only
 from ..blocks.forward import Batch
 from ..ops.chunked_kd import Projection, chunked_token_losses
 from ..ops.mix import SubmodelMix
@@ -19,7 +19,7 @@ from .distill import DistilledChunk
 
 
 def token_losses(
-    chunks: Sequence[nn.Module], windows: Sequence[Tensor], *, batch_size: int = 16
+    pairs: Sequence[DistilledChunk], windows: Sequence[Tensor], *, batch_size: int = 16
 ) -> dict[str, Any]:
     """``{"loss", "tokens"}``: mean cross-entropy in nats per token, and tokens scored, over windows of token ids.
 
@@ -27,11 +27,10 @@ def token_losses(
     share the windows; every rank of the world returns the result of all.
 
     Args:
-        chunks: bare, or each with a teacher's (``DistilledChunk``): then ``"kl"`` is the mean KL(teacher || model).
+        pairs: this rank's pipeline chunks; with a teacher's beside them, ``"kl"`` is the mean KL(teacher || model).
     """
     groups = runtime.groups()
-    device = next(chunks[0].parameters()).device
-    pairs = [c if isinstance(c, DistilledChunk) else DistilledChunk(c) for c in chunks]
+    device = next(pairs[0].parameters()).device
     paired = any(pair.teacher is not None for pair in pairs)
     sums = torch.zeros(3, dtype=torch.float64, device=device)
 
@@ -87,27 +86,39 @@ def evaluate(
     windows: Sequence[Tensor],
     *,
     batch_size: int = 16,
-    paired: Sequence[nn.Module] = (),
 ) -> dict[str, dict[str, Any]]:
     """``token_losses`` of every submodel, by name; a model that is not elastic is ``parent``.
 
     Args:
-        chunks: this rank's pipeline chunks, bare.
+        chunks: this rank's pipeline chunks, bare, or in a ``DistilledChunk``: those that have ``submodels`` run them on
+            their own widths.
         batch_size: windows of one forward pass on a rank.
-        paired: the same chunks, each with a teacher's.
     """
-    was_training = chunks[0].training
-    device = next(chunks[0].parameters()).device
-    for chunk in chunks:
-        chunk.eval()
+    pairs = [c if isinstance(c, DistilledChunk) else DistilledChunk(c) for c in chunks]
+    was_training = pairs[0].module.training
+    device = next(pairs[0].parameters()).device
+    for pair in pairs:
+        pair.module.eval()
     out = {}
     for name, spec in submodels.items() if space is not None else [("parent", None)]:
         with ExitStack() as stack:
             if space is not None and spec is not None and spec != space.full():
                 mix = SubmodelMix.one_hot(space, spec, device)
-                for chunk in chunks:
-                    stack.enter_context(running(chunk, mix))
-            out[name] = token_losses(paired or chunks, windows, batch_size=batch_size)
-    for chunk in chunks:
-        chunk.train(was_training)
+                for pair in pairs:
+                    stack.enter_context(_sliced(pair, mix))
+            out[name] = token_losses(pairs, windows, batch_size=batch_size)
+    for pair in pairs:
+        pair.module.train(was_training)
     return out
+
+
+@contextmanager
+def _sliced(pair: DistilledChunk, mix: SubmodelMix) -> Iterator[None]:
+    """Run a submodel with the weights of now, and leave no copies of them behind."""
+    submodels = pair.submodels
+    if submodels is not None:
+        submodels.release()
+    with pair.running(mix, sliced=True):
+        yield
+    if submodels is not None:
+        submodels.release()

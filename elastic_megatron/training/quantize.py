@@ -192,11 +192,6 @@ class _Judge:
         """A line of the run's metrics, where there is held-out text."""
         if self.windows:
             results = evaluate(
-                self.chunks,
-                self.space,
-                self.family,
-                self.windows,
-                batch_size=self.batch_size,
-                paired=self.pairs,
+                self.pairs or self.chunks, self.space, self.family, self.windows, batch_size=self.batch_size
             )
             log.event("eval", {"step": 0, "tokens": 0, "weights": weights, "submodels": results})

@@ -258,13 +258,13 @@ class _Run:
             )
         if self.windows:
             quantised = self.rounding is not None
+            taught = quantised or self.frozen
             results = evaluate(
-                self.model.chunks,
+                [pair if taught else pair.alone() for pair in self.model.pairs],
                 self.model.space,
                 submodels,
                 self.windows,
                 batch_size=eval_batch_size(self.recipe),
-                paired=self.model.pairs if quantised or self.frozen else (),
             )
             line = {"step": done, "tokens": self.curriculum.tokens_after(done), "submodels": results}
             if quantised:

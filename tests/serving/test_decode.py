@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from laws import CHOICES, HETEROGENEOUS, build_elastic, build_slice, one_hot, relative, run, spec_of, subspace
 from torch import Tensor
 
-from elastic_megatron.blocks import running
+from elastic_megatron.blocks import SlicedModel, running
 from elastic_megatron.ops import SubmodelMix
 from elastic_megatron.serving.decode import Cache, Sampling, nucleus, write
 from elastic_megatron.space import ElasticSpace
@@ -70,6 +70,17 @@ def test_parent_after_prompts_shorter_and_longer_than_its_convolution(model: Any
 @pytest.mark.parametrize("widths", [pytest.param(w, id=n) for n, w in SUBMODELS.items()])
 def test_submodel(model: Any, widths: dict[str, Any]) -> None:
     agree(model, SPACE, one_hot(SPACE, spec_of(SPACE, **widths)), 6)
+
+
+@pytest.mark.usefixtures("fp64")
+@pytest.mark.parametrize("widths", [pytest.param(w, id=n) for n, w in SUBMODELS.items()])
+def test_submodel_on_its_own_widths(model: Any, widths: dict[str, Any]) -> None:
+    mix, tokens = one_hot(SPACE, spec_of(SPACE, **widths)), ids(SPACE)
+    with running(model, mix):
+        masked = decoded(model, tokens, 6)
+    with SlicedModel(model).running(mix) as submodel:
+        assert submodel is not model
+        assert relative(decoded(submodel, tokens, 6), masked) <= TIGHT
 
 
 @pytest.mark.usefixtures("megatron", "fp64")

@@ -14,7 +14,7 @@ from quantised_checkpoints import train
 from quantised_dirs import CHOICES, LANES, SHAPE
 
 from elastic_megatron import runtime
-from elastic_megatron.blocks import build_elastic_model
+from elastic_megatron.blocks import build_elastic_model, running
 from elastic_megatron.checkpoint import distributed
 from elastic_megatron.checkpoint.manifest import Manifest
 from elastic_megatron.checkpoint.source import open_source, open_stored
@@ -22,8 +22,9 @@ from elastic_megatron.cli import main
 from elastic_megatron.conversion import Request, to_hf
 from elastic_megatron.data.tokenizer import byte_tokenizer
 from elastic_megatron.ops.locate import weights
+from elastic_megatron.ops.mix import SubmodelMix
 from elastic_megatron.quantization.formats import FP8, NVFP4
-from elastic_megatron.serving.model import build_served, running_submodel
+from elastic_megatron.serving.model import build_served
 from elastic_megatron.space import ElasticSpace
 
 PARENT = SHAPE.override(vocab_size=264)
@@ -65,6 +66,12 @@ def alone(capsys: pytest.CaptureFixture[str], source: Path, *more: object) -> li
     return generate(capsys, source, "--prompt", "Nested", "--plain", "--max-new-tokens", NEW, *more)["tokens"]
 
 
+def masked(model: Any, manifest: Manifest, name: str) -> Any:
+    """Runs the whole model with a submodel's masks: the truth beside what runs on its own widths."""
+    assert manifest.space is not None
+    return running(model, SubmodelMix.one_hot(manifest.space, manifest.submodel(name)))
+
+
 def until_end(tokens: list[int]) -> list[int]:
     end = byte_tokenizer().eos_token_id
     return tokens[: tokens.index(end)] if end in tokens else tokens
@@ -98,9 +105,9 @@ def test_quantised_models_write_what_will_be_served(
 ) -> None:
     """With rounded inputs, over whole prefixes; the same from the checkpoint, its export and the slice."""
     opened = open_source(root / form)
-    model, tokens = build_served(opened), byte_tokenizer()("Nested")["input_ids"]
+    model, tokens = build_served(opened).model, byte_tokenizer()("Nested")["input_ids"]
     rounded, plain = list(tokens), list(tokens)
-    with running_submodel(model, opened.manifest, name):
+    with masked(model, opened.manifest, name):
         for _ in range(NEW):
             plain.append(int(megatron_logits(model, torch.tensor([plain]))[0, -1].argmax()))
             with opened.served([model]):
@@ -125,10 +132,10 @@ def test_one_thinks_and_another_answers(root: Path, capsys: pytest.CaptureFixtur
     assert found["submodels"] == {"think": "whole", "answer": "small"}
     assert len(found["thought_tokens"]) == 5 and found["thought_closed_by"] == "budget"
     assert found["thought"] == tokenizer.decode(found["thought_tokens"])
-    model = build_served(opened := open_source(root / "elastic"))
+    model = build_served(opened := open_source(root / "elastic")).model
 
     def continued(name: str, tokens: list[int], n: int) -> list[int]:
-        with running_submodel(model, opened.manifest, name):
+        with masked(model, opened.manifest, name):
             for _ in range(n):
                 tokens = [*tokens, int(megatron_logits(model, torch.tensor([tokens]))[0, -1].argmax())]
         return tokens

@@ -9,23 +9,42 @@ import torch
 from laws import build_elastic, one_hot, subspace
 from torch.nn import functional as F
 
-from elastic_megatron.blocks import running
+from elastic_megatron.blocks import SlicedModel, running
 from elastic_megatron.ops import distillation_loss
+from elastic_megatron.space import SubmodelSpec
 from elastic_megatron.training.distill import DistilledChunk
 from elastic_megatron.training.evaluate import evaluate
 
 SPACE = subspace()
 
 
+def cut_before(submodels: SlicedModel, spec: SubmodelSpec) -> None:
+    """Leave copies of other weights behind, as a training step does whose weights have changed since."""
+    state = [(p, p.detach().clone()) for p in submodels.model.parameters()]
+    with torch.no_grad():
+        for parameter, _ in state:
+            parameter.mul_(0.5)
+        submodels.model_of(spec)
+        for parameter, value in state:
+            parameter.copy_(value)
+
+
 @pytest.mark.parametrize("batch_size", [2, 16])
 @pytest.mark.parametrize("taught", [False, True])
-def test_losses_are_means_over_scored_tokens(megatron: Any, batch_size: int, taught: bool) -> None:
+@pytest.mark.parametrize("sliced", [False, True])
+def test_losses_are_means_over_scored_tokens(
+    megatron: Any, batch_size: int, taught: bool, sliced: bool
+) -> None:
     student, teacher = (build_elastic(SPACE, torch.float32, seed) for seed in (1, 2))
     g = torch.Generator().manual_seed(3)
     windows = [torch.randint(0, 53, (n,), generator=g) for n in (9, 9, 9, 5, 9, 5)]
     specs = {"full": SPACE.full(), "small": SPACE.smallest()}
-    pairs = [DistilledChunk(student, teacher.eval())] if taught else []
-    found = evaluate([student.train()], SPACE, specs, windows, batch_size=batch_size, paired=pairs)
+    submodels = SlicedModel(student.train()) if sliced else None
+    pair = DistilledChunk(student, teacher.eval(), submodels)
+    pair = pair if taught else pair.alone()
+    if submodels is not None:
+        cut_before(submodels, specs["small"])
+    found = evaluate([pair], SPACE, specs, windows, batch_size=batch_size)
     assert student.training
 
     for name, spec in specs.items():
