@@ -32,7 +32,8 @@ from readme_block import table  # noqa: E402
 
 RECIPES = HERE.parent / "recipes" / "tiny_cpu"
 _HEADINGS = (
-    "size", "", "unquantised", "FP8 PTQ", "NVFP4 PTQ", "NVFP4 QAD", "lost KL recovered", "control", "net of it", "on disk",
+    "size", "", "unquantised", "FP8 PTQ", "NVFP4 PTQ", "NVFP4 QAD", "lost KL recovered", "control", "net of it",
+    "on disk",
 )  # fmt: skip
 SHARE = 0.05  # of the tokens that made the family elastic
 MORE = HERE.parent / "examples" / "data" / "shakespeare_more.txt"
