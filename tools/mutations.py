@@ -240,7 +240,7 @@ MUTATIONS = (
     Mutation("copy", "columns are cut like rows", "conversion/copy.py",
              "rows = _take(rows, cut.columns, 1)", "rows = _take(rows, cut.columns, 0)", STREAMS),
     Mutation("copy", "a gap is closed one row too late", "conversion/copy.py",
-             "(wanted.diff() > gap + 1)", "(wanted.diff() > gap + 2)", STREAMS),
+             "(wanted.diff() > gap + 1)", "(wanted.diff() > gap + 2)", "tests/conversion/test_stretches.py"),
     Mutation("copy", "kept experts are taken by their new numbers", "conversion/cut.py",
              'expert = expert if kept is None else positions.of_axis("num_moe_experts", kept)[expert]',
              "expert = expert if kept is None else expert", STREAMS),
