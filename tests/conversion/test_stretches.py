@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 from unittest.mock import Mock
 
@@ -25,9 +26,9 @@ def test_gaps_are_closed_up_to_their_limit(uses: list[set[int]], gap: int) -> No
     covered = [row for first, last in stretches for row in range(first, last)]
     assert covered == sorted(set(covered)) and set(wanted) <= set(covered)
     assert {first for first, _ in stretches} | {last - 1 for _, last in stretches} <= set(wanted)
-    skipped = [b - a - 1 for a, b in zip(wanted, wanted[1:], strict=False)]
+    skipped = [b - a - 1 for a, b in pairwise(wanted)]
     assert len(stretches) == 1 + sum(n > gap for n in skipped), "longer gaps part stretches, and no others do"
-    assert all(b[0] - a[1] > gap for a, b in zip(stretches, stretches[1:], strict=False))
+    assert all(b[0] - a[1] > gap for a, b in pairwise(stretches))
 
 
 def test_a_use_of_all_rows_reads_all() -> None:
