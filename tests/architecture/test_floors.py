@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": LEAVES
     | {"space", "cost", "ops", "runtime", "recipe", "data", "quantization", "blocks", "importance", "router"}
     | {"checkpoint"},
-    "serving": LEAVES | {"space", "ops", "runtime", "data", "blocks", "checkpoint"},
+    "serving": LEAVES | {"space", "ops", "runtime", "quantization", "data", "blocks", "checkpoint"},
     "integrations": LEAVES
     | {"space", "cost", "ops", "runtime", "recipe", "data", "blocks", "importance", "checkpoint", "training"},
 }
