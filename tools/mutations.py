@@ -253,7 +253,7 @@ MUTATIONS = (
              "for group in range(groups) for key, rows in shares", "for key, rows in shares for group in range(groups)",
              HF),
     Mutation("copy", "experts of a stack are read from the first", "checkpoint/torch_dist_names.py",
-             "(tensor.expert or 0) * rows", "0", "tests/conversion/test_torch_dist_write.py"),
+             "(tensor.expert or 0) * rows", "0", "tests/checkpoint/test_torch_dist_read.py"),
     Mutation("copy", "a chunk of a column begins at its first row", "checkpoint/torch_dist.py",
              "skipped + (top - offsets[0]) * prod(sizes[1:])", "skipped", "tests/checkpoint/test_torch_dist_read.py"),
     Mutation("copy", "reading back compares nothing", "conversion/verify.py",
