@@ -1,4 +1,7 @@
-"""The commands that people type on a login node answer at once: 0.7 s of CPU time at most, and no torch."""
+"""The commands that people type on a login node answer at once and without torch.
+
+At once: within a few times the CPU time of an interpreter that only imports pydantic and yaml, measured beside it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ from elastic_megatron.recipe import load, load_jobs
 from elastic_megatron.space import ParentShape
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-LIMIT = 0.7
+# how often the time of BARE a command may take; twice what the slowest takes, so that a busy machine passes
+LIMIT = 8.0
+BARE = "import pydantic.main, yaml"
 HEAVY = ("torch", "megatron", "transformers", "numpy", "matplotlib", "tensorboard")
 # what the command has imported is told on a file descriptor of its own
 PROGRAM = f"""
@@ -60,19 +65,25 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.Co
         "OMP_NUM_THREADS": "1",
     }
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", PROGRAM, *arguments]
+    def run(*arguments: str, program: str = PROGRAM) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", program, *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
+    run(program=BARE)
     for command in (["recipe", "show"], ["plan"], ["submit", "--dry-run"]):
         run(*command, str(RECIPES / "tiny_cpu/chain.yaml"))
     return run
 
 
-def spent() -> float:
-    """CPU seconds of all children so far."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+def timed[Result](call: Callable[[], Result]) -> tuple[Result, float]:
+    """What a call returns, and the CPU seconds of the processes it started and waited for."""
+
+    def spent() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = spent()
+    return call(), spent() - before
 
 
 CHAINS = sorted(RECIPES.glob("*/chain.yaml"))
@@ -90,17 +101,17 @@ def test_command_is_quick_and_needs_no_torch(
     """Data and weights are elsewhere, so a dry run also complains about them; it prints all files before."""
     published = source.parent.name != "tiny_cpu"
     arguments = [*command.split(), str(source), *(models(source) if published else [])]
-    best = float("inf")
-    for _ in range(3):
-        before = spent()
-        done = run(*arguments)
-        best = min(best, spent() - before)
-        if best <= LIMIT:
+    best = bare = float("inf")
+    for _ in range(5):
+        bare = min(bare, timed(lambda: run(program=BARE))[1])
+        done, seconds = timed(lambda: run(*arguments))
+        best = min(best, seconds)
+        if best <= LIMIT * bare:
             break
     assert done.returncode in ((0, 2) if command.startswith("submit") else (0,)), done.stderr
     assert "Traceback" not in done.stderr and len(done.stdout) > 500, done.stderr
     assert done.stderr.splitlines()[-1] == "loaded:"
-    assert best <= LIMIT
+    assert best <= LIMIT * bare
 
 
 def test_there_are_chains() -> None:
