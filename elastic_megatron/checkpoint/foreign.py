@@ -17,10 +17,10 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
+from ..files.json_files import read_object
 from ..space import ParentShape
 from ..space.parent import LAYER_FIELDS
 from .common_state import GIVE_CONFIG, DistMetadata, UnreadableError
-from .json_files import read_object
 from .manifest import FILE, Manifest
 from .resolve import CONFIG, hf_shape
 from .tracker import TRACKER, folder

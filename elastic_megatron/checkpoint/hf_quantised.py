@@ -17,10 +17,10 @@ from typing import Any
 
 from ..cost.sizes import parent_fields
 from ..errors import UserError
+from ..files.json_files import read_object
 from ..quantization.formats import FORMATS, Format
 from ..space import ElasticSpace, ParentShape, SubmodelSpec, TensorLayout, ends, tensors_of
 from .hf_keys import exported_fp32, hf_keys, module_of
-from .json_files import read_object
 
 FILE = "hf_quant_config.json"
 KEY = "quantization_config"

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files.json_files import read_object
 from ..quantization.formats import Part
 from ..space import ParentShape
 from .hf_names import EMBEDDING, HEAD, hf_pieces
 from .hf_parts import check_parts
 from .hf_quantised import Quantised, read_quantised, unquantised
-from .json_files import read_object
 from .manifest import Manifest
 from .resolve import CONFIG, ELASTIC_CONFIG, hf_shape
 from .safetensors_files import SafetensorsFiles

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files.json_files import read_object
 from ..space import Budget, ElasticSpace, ParentShape, SubmodelSpec
 from .hf_quantised import Quantised, from_file
-from .json_files import read_object
 
 FILE = "elastic.json"
 FORMAT_VERSION = 1

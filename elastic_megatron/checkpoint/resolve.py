@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files.json_files import read_object
 from ..recipe import Recipe
 from ..space import Budget, ElasticSpace, ParentShape
 from .hf_quantised import unquantised
-from .json_files import read_object
 from .manifest import FILE, Manifest
 from .tracker import resolve
 

@@ -119,10 +119,10 @@ class Subject:
 def read(source: Path, overrides: Sequence[str], context: int) -> Subject:
     """A recipe or chain, or a Hugging Face directory or ``config.json``. Raises ``UserError`` for a bad one."""
     from ..checkpoint.hf_quantised import read_quantised
-    from ..checkpoint.json_files import read_object
     from ..checkpoint.resolve import CONFIG, hf_manifest
     from ..cost.rank_memory import Load
     from ..cost.setting import LayoutSizes, Setting
+    from ..files.json_files import read_object
 
     if source.name != CONFIG and not source.is_dir():
         from .plan_jobs import chain_of

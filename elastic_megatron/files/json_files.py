@@ -1,4 +1,4 @@
-"""JSON objects in files, and what to say where there are none. No torch: a login node may ask."""
+"""JSON objects in files: bounded where they are read, strict (RFC 8259) where they are written."""
 
 from __future__ import annotations
 
@@ -7,24 +7,57 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .reading import TEXT_LIMIT, read_text
+from .writing import write_text
+
+_DEPTH = 64
 
 
-def read_object(file: Path, missing: str, damaged: str = "copy it again") -> dict[str, Any]:
-    """The object in a file.
+def read_object(
+    file: Path, missing: str, damaged: str = "copy it again", limit: int = TEXT_LIMIT
+) -> dict[str, Any]:
+    """The object in a file. ``Infinity`` and ``NaN``, which older Python programs write, are read.
 
     Args:
         missing, damaged: the remedies, for the message.
+        limit: bytes that the file may have.
 
     Raises ``UserError`` where the file is missing or holds anything else.
     """
     try:
-        data = json.loads(file.read_text())
+        data = parse(read_text(file, limit))
     except FileNotFoundError:
         raise UserError(f"{file} is missing; {missing}") from None
     except OSError as e:
         raise UserError(f"{file} cannot be read ({e.strerror}); {missing}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except UserError:
+        raise
+    except ValueError as e:
         raise UserError(f"{file} is no valid JSON ({e}); {damaged}") from None
     if not isinstance(data, dict):
         raise UserError(f"{file} holds a {type(data).__name__}, not an object; {damaged}")
     return data
+
+
+def parse(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ``ValueError`` where it is none, or nested beyond all reason."""
+    try:
+        data = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [data]
+    for _ in range(_DEPTH):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, dict | list)
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return data
+    raise ValueError("nested too deeply")
+
+
+def write_object(file: Path, data: Any, *, indent: int | None = 1) -> None:
+    """Write a value as strict JSON, atomically. Raises ``ValueError`` for numbers that JSON does not have."""
+    write_text(file, json.dumps(data, indent=indent, allow_nan=False) + "\n")

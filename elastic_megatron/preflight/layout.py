@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..checkpoint.hf_quantised import Quantised, read_quantised
-from ..checkpoint.json_files import read_object
 from ..checkpoint.quantised_layers import checked_of, in_use
 from ..checkpoint.resolve import CONFIG
 from ..cost.layout_rules import Problem, lower
 from ..cost.remedy import described, problems_of
 from ..cost.setting import Setting
 from ..errors import UserError
+from ..files.json_files import read_object
 from ..recipe import JobChain, PlannedJob
 from ..space import ElasticSpace
 from .family import Family, Found, own_steps

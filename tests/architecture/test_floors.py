@@ -13,9 +13,10 @@ ROOT = Path(__file__).parents[2] / "elastic_megatron"
 FILES = sorted(p for p in ROOT.rglob("*.py"))
 
 # floor -> the floors it may import; the console script, its commands and the quickstart are the roof
-LEAVES = {"errors"}
+LEAVES = {"errors", "files"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "files": {"errors"},
     "space": LEAVES,
     "runtime": LEAVES,
     "data": LEAVES,
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 ROOF = {"cli", "commands", "quickstart"}
 # Floor 0 and the recipe are read by tools that have no torch.
-WITHOUT_TORCH = {"errors", "space", "recipe", "cost", "preflight", "slurm"}
+WITHOUT_TORCH = {"errors", "files", "space", "recipe", "cost", "preflight", "slurm"}
 # The plain entry points of a floor's own command live beside it; they are part of the roof.
 ENTRY_POINTS = {"data/cli.py", "report/cli.py"}
 

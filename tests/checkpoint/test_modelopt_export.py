@@ -14,10 +14,10 @@ from hf_models import stored
 from quantised_dirs import EXPORTED, bits, family, origin, pack, parents_amax
 
 from elastic_megatron.checkpoint.hf_read import read_config, read_hf
-from elastic_megatron.checkpoint.json_files import read_object
 from elastic_megatron.checkpoint.resolve import ELASTIC_CONFIG
 from elastic_megatron.checkpoint.source import open_stored
 from elastic_megatron.conversion import Request, to_hf
+from elastic_megatron.files.json_files import read_object
 from elastic_megatron.quantization.formats import FORMATS, INPUT_SCALE, Format
 
 formats = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)

@@ -16,11 +16,11 @@ from quantised_dirs import SHAPE, bits, family, left_alone, origin, pack
 from elastic_megatron.checkpoint import packed
 from elastic_megatron.checkpoint.dequantised import dequantised
 from elastic_megatron.checkpoint.hf_read import read_hf
-from elastic_megatron.checkpoint.json_files import read_object
 from elastic_megatron.checkpoint.manifest import Manifest
 from elastic_megatron.checkpoint.source import open_stored
 from elastic_megatron.conversion import Request, copy, to_hf, to_megatron, weights_bytes
 from elastic_megatron.errors import UserError
+from elastic_megatron.files.json_files import read_object
 from elastic_megatron.quantization.formats import FORMATS, NVFP4, Format
 from elastic_megatron.quantization.packing import fake_quantise
 

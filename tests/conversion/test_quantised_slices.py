@@ -18,9 +18,9 @@ from quantised_dirs import CHOICES, SHAPE, bits, family, left_alone, pack, paren
 
 from elastic_megatron.checkpoint.dequantised import dequantised
 from elastic_megatron.checkpoint.hf_read import read_hf
-from elastic_megatron.checkpoint.json_files import read_object
 from elastic_megatron.conversion import Request, copy, to_hf
 from elastic_megatron.errors import UserError
+from elastic_megatron.files.json_files import read_object
 from elastic_megatron.quantization.formats import FORMATS, FP8, NVFP4, Format
 from elastic_megatron.space import whole_blocks
 

@@ -1,0 +1,120 @@
+"""Files of others are opened within bounds; ours appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from elastic_megatron.errors import UserError
+from elastic_megatron.files import json_files, reading, writing
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    """None of them hangs: a FIFO without a writer would."""
+    os.mkfifo(tmp_path / "fifo")
+    with socket.socket(socket.AF_UNIX) as s:
+        s.bind(str(tmp_path / "socket"))
+    for path in (tmp_path / "fifo", tmp_path / "socket", Path("/dev/zero"), Path("/dev/tty")):
+        with pytest.raises((UserError, OSError)):
+            reading.read_bytes(path)
+    for path in (tmp_path / "fifo", tmp_path / "socket", Path("/dev/zero")):
+        with pytest.raises(UserError, match="give an ordinary file"):
+            reading.read_bytes(path)
+    with pytest.raises(IsADirectoryError):
+        reading.read_bytes(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        reading.read_bytes(tmp_path / "none")
+
+
+def test_size_is_bounded(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"x" * 100)
+    assert reading.read_bytes(tmp_path / "f", 100) == b"x" * 100
+    with pytest.raises(UserError, match="larger than"):
+        reading.read_bytes(tmp_path / "f", 99)
+
+
+def test_names_stay_inside_their_folder(tmp_path: Path) -> None:
+    home, said = tmp_path / "model", tmp_path / "model/index.json"
+    (home / "sub").mkdir(parents=True)
+    (tmp_path / "secret").write_text("x")
+    (home / "link").symlink_to("../secret")
+    (home / "up").symlink_to("..")
+    (home / "fine").symlink_to("sub/file")
+    for name in ("a", "sub/file", "fine", "missing"):
+        assert reading.inside(home, name, said) == home / name
+    for name in (
+        "link",
+        "up/secret",
+        "../secret",
+        "/etc/passwd",
+        "",
+        "a\0b",
+        "sub/../../secret",
+        None,
+        3,
+        "x" * 5000,
+    ):
+        with pytest.raises(UserError, match="leads out of|no file of its folder"):
+            reading.inside(home, name, said)
+
+
+def test_snapshots_of_the_hubs_cache_may_lead_to_its_blobs(tmp_path: Path) -> None:
+    model = tmp_path / "hub/models--a--b"
+    snapshot = model / "snapshots/abc"
+    snapshot.mkdir(parents=True)
+    (model / "blobs").mkdir()
+    (snapshot / "w.safetensors").symlink_to("../../blobs/123")
+    (snapshot / "out").symlink_to("../../../elsewhere")
+    reading.inside(snapshot, "w.safetensors", snapshot / "index.json")
+    (tmp_path / "short").symlink_to(snapshot)
+    reading.inside(tmp_path / "short", "w.safetensors", snapshot / "index.json")
+    with pytest.raises(UserError, match="leads out of"):
+        reading.inside(snapshot, "out", snapshot / "index.json")
+
+
+BAD_JSON = {
+    "": "no valid JSON",
+    "{": "no valid JSON",
+    "[1]": "holds a list",
+    '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}": "nested too deeply",
+    '{"a": ' + "[" * 70 + "]" * 70 + "}": "nested too deeply",
+    '{"a": ' + "1" * 5000 + "}": "no valid JSON",
+    '"' + "x" * 2000 + '"': "larger than",
+}
+
+
+@pytest.mark.parametrize("text", BAD_JSON, ids=lambda text: text[:8])
+def test_json_is_bounded(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "f.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match=BAD_JSON[text]):
+        json_files.read_object(file, "m", limit=1500 if text.startswith('"') else 1 << 20)
+
+
+def test_json_is_read_liberally_and_written_strictly(tmp_path: Path) -> None:
+    file = tmp_path / "f.json"
+    file.write_text('{"a": Infinity}')
+    data = json_files.read_object(file, "m")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        json_files.write_object(file, data)
+    assert json_files.read_object(file, "m") == data
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "f"
+    writing.write_text(file, "old")
+    with pytest.raises(ZeroDivisionError), writing.replacing(file) as f:
+        f.write(b"half")
+        raise ZeroDivisionError
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_abandoned_files_are_those_of_killed_writers_alone(tmp_path: Path) -> None:
+    writing.private_name(tmp_path / "f").write_text("half")
+    for name in ("f", ".f", ".f.incomplete"):
+        (tmp_path / name).write_text("whole")
+    writing.remove_abandoned(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".f", ".f.incomplete", "f"]
