@@ -4,100 +4,96 @@ The file appears whole and at once, by a hard link, and is stamped every few sec
 the owner of a lock that is found still lives is known for certain on the same machine (process and start time) and
 for an earlier start of the same Slurm job, which Slurm ended before it queued the job again; otherwise an owner is
 taken for dead once its stamp is old by the file server's own clock. A dead owner's lock is taken over, and that is
-said.
+said. Nothing that only reads needs a lock.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
-import secrets
-import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import UserError
-from .json_files import parse
-from .reading import read_text
-from .writing import private_name
+from .owner import NOBODY, STALE, Owner, alive, myself, read, stamp_of
+from .writing import private_name, remove_abandoned
 
 FILE = ".lock"
-BEAT, STALE = 15.0, 120.0
-_POLL = 0.2
-
-
-@dataclass(frozen=True)
-class Owner:
-    """Who holds a lock; ``space`` is the machine's boot and the process namespace in which ``pid`` means something."""
-
-    command: str
-    host: str
-    pid: int
-    started: str
-    space: str
-    job: str
-    restarts: str
-    since: str
-    token: str
-
-    def __str__(self) -> str:
-        job = f", Slurm job {self.job}" if self.job else ""
-        return f"{self.command} (process {self.pid} on {self.host}{job}, since {self.since})"
+BEAT = 15.0
+_POLL, _SETTLE = 0.2, 1.0
+# of a file that is gone, or on its way
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
 class Held:
     """A lock that this process holds."""
 
-    def __init__(self, file: Path, owner: Owner) -> None:
-        self.file, self.owner = file, owner
+    def __init__(self, file: Path, owner: Owner, made: Sequence[Path] = ()) -> None:
+        self.file, self.owner, self._made = file, owner, made
         self._over = threading.Event()
         threading.Thread(target=self._beat, daemon=True, name=f"lock {file}").start()
 
     def check(self) -> None:
-        """Raises ``UserError`` where the lock is gone, or somebody else's: the folder is not ours to write to."""
-        found = owner_of(self.file)
-        if found is None:
+        """Raises ``UserError`` where the lock is gone, or somebody else's: the folder is not ours to write to.
+
+        A file server that does not answer now is no reason to stop.
+        """
+        try:
+            found = read(self.file)
+        except OSError as e:
+            if e.errno not in _GONE:
+                return
             raise UserError(
                 f"{self.file} was removed while {self.owner.command} was running, and perhaps the folder with it; "
                 "nothing more is written there"
-            )
+            ) from None
         if found.token != self.owner.token:
             raise UserError(
                 f"{self.file} was taken over by {found}; this process was taken for dead and writes nothing more"
             )
 
     def release(self) -> None:
-        """Give the lock back, if it is still ours. A forked child's call does nothing."""
+        """Give the lock back, if it is still ours, and folders that were made for it and are empty.
+
+        A forked child's call does nothing.
+        """
         self._over.set()
-        if os.getpid() == self.owner.pid:
-            with contextlib.suppress(UserError, OSError):
-                self.check()
-                self.file.unlink()
+        if os.getpid() != self.owner.pid:
+            return
+        with contextlib.suppress(UserError, OSError):
+            self.check()
+            self.file.unlink()
+            for folder in self._made:
+                folder.rmdir()
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(UserError, OSError):
+                self.check()  # or another's lock would look alive
                 os.utime(self.file)
 
 
 @contextlib.contextmanager
-def locked(file: Path, command: str) -> Iterator[Held]:
+def locked(file: Path, command: str, patience: float = 0.0) -> Iterator[Held]:
     """Hold a lock during a block.
 
     Args:
         file: of the lock: ``within(folder)`` or ``beside(target)``; its folder is made where it is missing.
         command: what the owner does, for whoever finds the lock.
+        patience: seconds to wait for somebody who holds it.
 
-    Raises ``UserError`` that names the owner where somebody else holds it.
+    Raises ``UserError`` that names the owner where somebody else holds it, and ``OSError`` that names the folder where
+    it cannot be written to.
     """
-    held = acquire(file, command)
+    held = acquire(file, command, patience)
     try:
         yield held
     finally:
@@ -110,145 +106,139 @@ def within(folder: Path) -> Path:
 
 
 def beside(target: Path) -> Path:
-    """The lock of a path that appears by renaming: a converted directory, a data set's prefix."""
-    return target.parent / f".{target.name}{FILE}"
+    """The lock of a path that appears by renaming: a converted directory, a data set's prefix.
+
+    Whatever the path is called, by links or from elsewhere, it has the same lock.
+    """
+    path = Path(os.path.realpath(target))
+    return path.parent / f".{path.name}{FILE}"
 
 
-def acquire(file: Path, command: str) -> Held:
+def acquire(file: Path, command: str, patience: float = 0.0) -> Held:
     """Take a lock, to be released. As ``locked``."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    me = _myself(command)
-    deadline = time.monotonic() + (STALE + BEAT if me.job else 0.0)
-    while not _create(file, me):
-        found = owner_of(file)
-        if found is None:
-            continue  # released meanwhile
-        if not _alive(found, me, file):
-            if _taken_over(file, found, me):
+    me, made = myself(command), list[Path]()
+    try:
+        while (found := _waited_for(file, me, patience)) is not None or not _create(file, me, made):
+            if found is not None and _taken_over(file, found, me):
                 print(f"{file}: taken over from {found}, which is no longer running", file=sys.stderr)
                 break
-        elif time.monotonic() >= deadline or found.space == me.space:
-            raise UserError(f"{file} is held by {found}; wait for it, or stop it, and try again")
-        else:  # a job that follows one on a machine that died has to wait until its stamp is old
-            time.sleep(_POLL)
-    return Held(file, me)
+        remove_abandoned(file.parent, file.name)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(file.parent)) from e
+    return Held(file, me, made)
 
 
 def owner_of(file: Path) -> Owner | None:
     """Who holds a lock; ``None`` where nobody does. Of a damaged file, an owner without a process."""
     try:
-        said = parse(read_text(file, 1 << 16))
-        known = {
-            name: said[name] for name, value in asdict(_NOBODY).items() if type(said[name]) is type(value)
-        }
-        return Owner(**known)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, LookupError):
-        return _NOBODY
+        return read(file)
+    except OSError as e:
+        return None if e.errno in _GONE else NOBODY
 
 
 def living_owner(file: Path) -> Owner | None:
     """Who holds a lock and, as far as can be known from here, still lives."""
     found = owner_of(file)
-    return found if found is not None and _alive(found, _myself(""), file) else None
+    return found if found is not None and alive(found, myself(""), file) else None
 
 
-_NOBODY = Owner("an unknown command", "an unknown host", 0, "", "", "", "", "an unknown time", "")
+def _waited_for(file: Path, me: Owner, patience: float) -> Owner | None:
+    """The owner that is dead, or ``None`` where there is none, after having waited for one that may live.
+
+    A job that follows one on a machine that died has to wait until its stamp is old; a stamp that moves is a living
+    owner's. Raises ``UserError`` where the wait is over.
+    """
+    began, said, first = time.monotonic(), False, dict[str, float]()
+    while (found := owner_of(file)) is not None and alive(found, me, file):
+        stamp = stamp_of(file)
+        here = found.space != "" and found.space == me.space
+        certain = here or stamp > first.setdefault(found.token, stamp)
+        doubt = STALE + BEAT if me.job and not certain else 0.0
+        if time.monotonic() - began >= max(patience, doubt):
+            remedy = "" if here else f"; if it died, that is known {STALE:.0f} s after its last sign of life"
+            raise UserError(f"{file} is held by {found}; wait for it, or stop it, and try again{remedy}")
+        if not said:
+            print(f"{file} is held by {found}; waiting for it", file=sys.stderr)
+            said = True
+        time.sleep(_POLL)
+    if found is None and file.is_symlink():
+        raise UserError(f"{file} is a link, which no lock is; remove it")
+    return found
 
 
-def _myself(command: str) -> Owner:
-    pid = os.getpid()
-    return Owner(
-        command=command,
-        host=socket.gethostname(),
-        pid=pid,
-        started=_process_start(pid) or "",
-        space=_space(),
-        job=os.environ.get("SLURM_JOB_ID", ""),
-        restarts=os.environ.get("SLURM_RESTART_COUNT", "0"),
-        since=datetime.now().astimezone().isoformat(timespec="seconds"),
-        token=secrets.token_hex(8),
-    )
-
-
-def _space() -> str:
-    """The kernel's run and the namespace of process numbers, which containers may have of their own."""
+def _create(file: Path, me: Owner, made: list[Path]) -> bool:
+    """Make the lock file, whole, and ``made`` folders for it; false where somebody was faster."""
+    missing = [p for p in (file.parent, *file.parent.parents) if not p.exists()]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    made += [p for p in missing if p not in made]
+    private = private_name(file)
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _process_start(pid: int) -> str | None:
-    """When a process started, in the kernel's ticks; ``None`` where it does not run (any more)."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in ("Z", "X") else fields[19]
-
-
-def _alive(owner: Owner, me: Owner, file: Path) -> bool:
-    if owner.space and owner.space == me.space:
-        return _process_start(owner.pid) == owner.started
-    if owner.job and owner.job == me.job and owner.restarts != me.restarts:
-        return False
-    probe = private_name(file)
-    try:
-        stamp = file.stat().st_mtime
-        probe.touch()
-        return probe.stat().st_mtime - stamp < STALE
-    except OSError:
-        return True
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
-
-
-def _create(file: Path, me: Owner) -> bool:
-    """Make the lock file, whole; false where there is one."""
-    private = _written(file, me)
-    try:
+        private.write_text(_text(me))
         os.link(private, file)
         return True
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links: the name comes before the content
-        return _create_exclusively(file, me)
+    except (FileExistsError, FileNotFoundError):  # the latter where its owner removed the folder too
+        return _linked(private)
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        # a lost answer of NFS, or a file system without hard links, where the name comes before the content
+        return _linked(private) or _create_exclusively(file, me)
     finally:
         private.unlink(missing_ok=True)
+
+
+def _linked(private: Path) -> bool:
+    try:
+        return private.stat().st_nlink > 1
+    except OSError:
+        return False
 
 
 def _create_exclusively(file: Path, me: Owner) -> bool:
     try:
         with open(file, "x") as f:
-            json.dump(asdict(me), f)
+            f.write(_text(me))
         return True
     except FileExistsError:
         return False
 
 
-def _written(file: Path, me: Owner) -> Path:
-    private = private_name(file)
-    private.write_text(json.dumps(asdict(me)) + "\n")
-    return private
+def _text(me: Owner) -> str:
+    return json.dumps(asdict(me)) + "\n"
 
 
 def _taken_over(file: Path, dead: Owner, me: Owner) -> bool:
     """Put our lock in a dead owner's place; false where somebody was faster.
 
     Those who try at once are put in a row by the kernel's lock on the old file, and look again when it is their turn.
+    Where there are no such locks, the last of those who try within a second has it.
     """
+    private = private_name(file)
     try:
-        with open(file) as old:
-            with contextlib.suppress(OSError):  # file systems without such locks
+        with _opened(file) as old:
+            row = True
+            try:
                 fcntl.flock(old, fcntl.LOCK_EX)
+            except OSError:
+                row = False
             same = os.path.samestat(os.fstat(old.fileno()), file.stat())
             if not same or owner_of(file) != dead:
                 return False
-            os.replace(_written(file, me), file)
-            return True
+            private.write_text(_text(me))
+            os.replace(private, file)
+        if not row:
+            time.sleep(_SETTLE)
+        return owner_of(file) == me
     except FileNotFoundError:
         return False
+    finally:
+        private.unlink(missing_ok=True)
+
+
+def _opened(file: Path) -> BinaryIO:
+    """To be locked: NFS locks only what may be written to; a FIFO would hang whoever only reads it."""
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except PermissionError:  # somebody else's, in a folder of a group
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    return os.fdopen(descriptor, "rb")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,9 +114,38 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
 
 
+HALF = """
+import sys
+from pathlib import Path
+from elastic_megatron.files import writing
+writing.private_name(Path(sys.argv[1])).write_text("half")
+"""
+
+
 def test_abandoned_files_are_those_of_killed_writers_alone(tmp_path: Path) -> None:
-    writing.private_name(tmp_path / "f").write_text("half")
-    for name in ("f", ".f", ".f.incomplete"):
-        (tmp_path / name).write_text("whole")
+    """Of a writer elsewhere nothing is known; what it left is abandoned when it is a day old."""
+    subprocess.run([sys.executable, "-c", HALF, tmp_path / "f"], check=True, timeout=60)
+    elsewhere = [tmp_path / f".f.{'0' * 8}-1-{token}.partial" for token in ("00000000", "11111111")]
+    kept = [
+        writing.private_name(tmp_path / "f"),
+        elsewhere[1],
+        *map(tmp_path.joinpath, ("f", ".f", "f.part")),
+    ]
+    for path in (*elsewhere, *kept):
+        path.write_text("whole")
+    os.utime(elsewhere[0], (1, 1))
     writing.remove_abandoned(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".f", ".f.incomplete", "f"]
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
+def test_a_private_folder_replaces_those_for_the_same_target(tmp_path: Path) -> None:
+    for name in ("out", "out.x", "[o]ut"):
+        writing.private_name(tmp_path / name).mkdir()
+    with writing.private_folder(tmp_path / "out") as folder:
+        (folder / "f").write_text("whole")
+        folder.rename(tmp_path / "out")
+    assert (tmp_path / "out/f").read_text() == "whole"
+    with pytest.raises(ZeroDivisionError), writing.private_folder(tmp_path / "[o]ut"):
+        raise ZeroDivisionError
+    (left,) = tmp_path.glob(".*")
+    assert left.name.startswith(".out.x.")
