@@ -14,7 +14,6 @@ import contextlib
 import functools
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -29,8 +28,8 @@ from ..errors import UserError
 from . import integrity, tracker
 from .agreement import ROUTER, check_replicas, same_on_all_ranks
 from .amax import Amax, write_amax
-from .hf_read import side_files
 from .manifest import FILE, Manifest
+from .side_files import copy_side_files
 
 
 def save(
@@ -173,9 +172,7 @@ class Saver:
                 if amax is not None:
                     write_amax(temporary, amax)
                 if hf_files is not None:
-                    (temporary / "hf").mkdir()
-                    for file in side_files(hf_files):
-                        shutil.copy2(file, temporary / "hf")
+                    copy_side_files(hf_files, manifest.hf_config, temporary / "hf")
                 integrity.seal(temporary)
                 tracker.publish(self.directory, iteration)
                 tracker.prune(self.directory, self.keep_last)

@@ -18,6 +18,7 @@ from typing import Any
 from ..cost.sizes import parent_fields
 from ..errors import UserError
 from ..files.json_files import read_object
+from ..files.reading import inside
 from ..quantization.formats import FORMATS, Format
 from ..space import ElasticSpace, ParentShape, SubmodelSpec, TensorLayout, ends, tensors_of
 from .hf_keys import exported_fp32, hf_keys, module_of
@@ -139,7 +140,9 @@ def read_quantised(directory: Path, config: Mapping[str, Any]) -> Quantised | No
             f"{directory} is quantised by {method} with quant_algo={algo}; only {' and '.join(FORMATS)} in "
             "ModelOpt's layout can be read: give that, or the directory with the BF16 or FP32 weights"
         )
-    data = read_object(file, f"config.json says quant_algo={algo}: copy it there")
+    data = read_object(
+        inside(directory, FILE, directory), f"config.json says quant_algo={algo}: copy it there"
+    )
     stated = data.get("quantization")
     if not isinstance(stated, dict):
         raise UserError(f"{file} has no quantization; copy it again")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files.json_files import read_object
+from ..files.reading import inside
 from ..quantization.formats import Part
 from ..space import ParentShape
 from .hf_names import EMBEDDING, HEAD, hf_pieces
@@ -20,23 +21,11 @@ from .hf_quantised import Quantised, read_quantised, unquantised
 from .manifest import Manifest
 from .resolve import CONFIG, ELASTIC_CONFIG, hf_shape
 from .safetensors_files import SafetensorsFiles
+from .side_files import side_files
 from .stored import DTYPES, Entry, StoredModel, as_stored, model_tensors, stored_shapes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# what an export takes along besides weights and config; *.py is the remote code that ``auto_map`` names
-_SIDE_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-    "*.py",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 
 def read_hf(directory: Path) -> StoredModel:
@@ -59,9 +48,9 @@ def read_hf(directory: Path) -> StoredModel:
             raise UserError(
                 f"{directory / CONFIG} and {elastic} describe different models; restore the one that was changed"
             )
-    files = (_TiedFiles if shape.tie_embeddings else SafetensorsFiles)(_shards(directory))
+    files = _open_shards(directory, _TiedFiles if shape.tie_embeddings else SafetensorsFiles)
     _check_tensors(directory, manifest.shape, files.entries, quantised)
-    side = directory if side_files(directory) else None
+    side = directory if side_files(directory, config) else None
     return StoredModel(directory, manifest, files, hf_pieces, side, quantised)
 
 
@@ -84,16 +73,10 @@ def read_config(directory: Path) -> dict[str, Any]:
     """``config.json`` of a directory. Raises ``UserError`` where either is missing or damaged."""
     if not directory.is_dir():
         raise UserError(f"{directory} is no directory; give a Hugging Face model directory")
-    return read_object(directory / CONFIG, "is it a Hugging Face model directory?")
+    return read_object(inside(directory, CONFIG, directory), "is it a Hugging Face model directory?")
 
 
-def side_files(directory: Path) -> tuple[Path, ...]:
-    """Tokenizer, generation and remote-code files of a directory, sorted."""
-    found = {file for pattern in _SIDE_FILES for file in directory.glob(pattern) if file.is_file()}
-    return tuple(sorted(found))
-
-
-def _shards(directory: Path) -> list[Path]:
+def _open_shards(directory: Path, kind: type[SafetensorsFiles]) -> SafetensorsFiles:
     """The weight files that the index names, or the only one."""
     index, single = directory / INDEX, directory / SINGLE
     if not index.exists():
@@ -101,14 +84,22 @@ def _shards(directory: Path) -> list[Path]:
             raise UserError(
                 f"{directory} has neither {INDEX} nor {SINGLE}; copy the weights (safetensors) there"
             )
-        return [single]
-    names = read_object(index, "copy it there").get("weight_map")
-    if not isinstance(names, dict):
+        return kind([inside(directory, SINGLE, directory)])
+    promised = read_object(inside(directory, INDEX, directory), "copy it there").get("weight_map")
+    if not isinstance(promised, dict):
         raise UserError(f"{index} has no weight_map; copy it again")
-    files = [directory / n for n in sorted(set(names.values()))]
-    if missing := [f.name for f in files if not f.exists()]:
+    if odd := [tensor for tensor, name in promised.items() if not isinstance(name, str)]:
+        raise UserError(f"{index}: weight_map names no file for {odd[0]!r}; copy it again")
+    shards = {name: inside(directory, name, index) for name in sorted(set(promised.values()))}
+    if missing := [name for name, file in shards.items() if not file.exists()]:
         raise UserError(
-            f"{directory}: shard {missing[0]} is missing ({len(missing)} of {len(files)}); copy it there"
+            f"{directory}: shard {missing[0]} is missing ({len(missing)} of {len(shards)}); copy it there"
+        )
+    files = kind(shards.values())
+    if absent := [tensor for tensor, name in promised.items() if files.where.get(tensor) != shards[name]]:
+        raise UserError(
+            f"{index} says that {promised[absent[0]]} holds {absent[0]!r}, and it does not ({len(absent)} such "
+            "tensors); copy both files from the same source"
         )
     return files
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from ..errors import UserError
 from ..files.json_files import read_object
+from ..files.reading import inside
+from ..files.writing import write_text
 from ..space import Budget, ElasticSpace, ParentShape, SubmodelSpec
 from .hf_quantised import Quantised, from_file
 
@@ -93,12 +95,14 @@ class Manifest:
         return manifest
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
         """Read ``elastic.json`` or ``elastic_config.json``. Raises ``UserError`` where it is missing or damaged."""
         data = read_object(
-            path, f"is {path.parent} a checkpoint of this project?", "restore it from a backup"
+            inside(path.parent, path.name, path.parent),
+            f"is {path.parent} a checkpoint of this project?",
+            "restore it from a backup",
         )
         return cls.from_dict(data, str(path))

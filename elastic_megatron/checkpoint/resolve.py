@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files.json_files import read_object
+from ..files.reading import inside
 from ..recipe import Recipe
 from ..space import Budget, ElasticSpace, ParentShape
 from .hf_quantised import unquantised
@@ -40,7 +41,7 @@ def hf_manifest(path: Path) -> Manifest:
     if elastic.exists():
         manifest = Manifest.read(elastic)
         return replace(manifest, hf_config=unquantised(manifest.hf_config))
-    data = read_object(config, "give a Hugging Face model directory")
+    data = read_object(inside(config.parent, CONFIG, config.parent), "give a Hugging Face model directory")
     return Manifest(shape=hf_shape(data, config), hf_config=unquantised(data))
 
 

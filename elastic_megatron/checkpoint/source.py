@@ -14,11 +14,12 @@ from . import distributed, integrity, shards, tracker
 from .amax import amax_of
 from .dequantised import dequantised
 from .foreign import foreign_folder, foreign_manifest
-from .hf_read import read_hf, side_files
+from .hf_read import read_config, read_hf
 from .manifest import FILE, Manifest
 from .packed import packed
 from .resolve import CONFIG
 from .served import Inputs, inputs_of, inputs_of_training, round_weights
+from .side_files import side_files
 from .stored import StoredModel
 from .torch_dist import open_torch_dist
 
@@ -100,7 +101,7 @@ def open_stored(path: Path, config: Path | None = None) -> StoredModel:
     """
     if config is not None and not is_hf(config):
         raise UserError(f"{config} has no config.json; give a Hugging Face model directory")
-    side = config if config is not None and side_files(config) else None
+    side = config if config is not None and side_files(config, read_config(config)) else None
     if folder := foreign_folder(path):
         return open_torch_dist(folder, foreign_manifest(folder, config), side)
     if tracker.is_checkpoint(path):

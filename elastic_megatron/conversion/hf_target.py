@@ -19,10 +19,11 @@ from ..checkpoint.hf_keys import module_of
 from ..checkpoint.hf_names import EMBEDDING, HEAD, hf_pieces
 from ..checkpoint.hf_quantised import FILE as QUANT_CONFIG
 from ..checkpoint.hf_quantised import KEY, Quantised
-from ..checkpoint.hf_read import CONFIG, ELASTIC_CONFIG, side_files
+from ..checkpoint.hf_read import CONFIG, ELASTIC_CONFIG
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.nested import nested_manifest
 from ..checkpoint.safetensors_files import SafetensorsFiles
+from ..checkpoint.side_files import copy_side_files, side_files
 from ..checkpoint.stored import Entry, ModelTensor, StoredModel, stored_shapes
 from ..errors import UserError
 from ..quantization.formats import WEIGHT
@@ -89,7 +90,7 @@ def to_hf(
             read = copy(source, models, sinks, progress)
         for folder, plan, sink in zip(folders, plans, sinks, strict=True):
             sink.shards.check()
-            _complete(folder, plan, source.side_files)
+            _complete(folder, plan, source)
         if verify:
             copy(source, models, [_written(f, p) for f, p in zip(folders, plans, strict=True)], progress)
         for folder, plan in zip(folders, plans, strict=True):
@@ -130,7 +131,7 @@ def _plan(source: StoredModel, request: Request, dtype: torch.dtype | None) -> _
     _check_request(request, source)
     model = cut_model(source, request.submodel, plain_order=request.plain_order, dtype=dtype)
     remote_code = source.side_files is not None and any(
-        f.suffix == ".py" for f in side_files(source.side_files)
+        name.endswith(".py") for name in side_files(source.side_files, manifest.hf_config)
     )
     config = hf_config(manifest, model.shape, remote_code, model.layer_sizes)
     entries = _entries(source, model)
@@ -256,10 +257,10 @@ def _folder(directory: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _complete(folder: Path, plan: _Plan, side: Path | None) -> None:
+def _complete(folder: Path, plan: _Plan, source: StoredModel) -> None:
     """Everything besides the weights."""
-    for file in side_files(side) if side is not None else ():
-        shutil.copy2(file, folder / file.name)
+    if source.side_files is not None:
+        copy_side_files(source.side_files, source.manifest.hf_config, folder)
     for name, file in code_files(plan.config).items():
         shutil.copyfile(file, folder / name)
     if plan.request.elastic:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..checkpoint import integrity, tracker
 from ..checkpoint.dequantised import dequantised
-from ..checkpoint.hf_read import side_files
 from ..checkpoint.manifest import FILE
+from ..checkpoint.side_files import copy_side_files
 from ..checkpoint.stored import StoredModel
 from ..checkpoint.torch_dist import open_torch_dist
 from ..errors import UserError
@@ -53,9 +53,7 @@ def to_megatron(
         )
         source.manifest.write(temporary / FILE)
         if source.side_files is not None:
-            (temporary / "hf").mkdir()
-            for file in side_files(source.side_files):
-                shutil.copy2(file, temporary / "hf")
+            copy_side_files(source.side_files, source.manifest.hf_config, temporary / "hf")
         if verify:
             copy(source, [model], [Comparison(open_torch_dist(temporary, source.manifest, None))], progress)
         flush(temporary / FILE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -53,6 +54,28 @@ def _tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[P
     return apply
 
 
+def _index(change: Callable[[str], object], more: dict[str, str] | None = None) -> Callable[[Path], object]:
+    """Name other files for the tensors."""
+
+    def apply(d: Path) -> None:
+        file = d / "model.safetensors.index.json"
+        index = json.loads(file.read_text())
+        index["weight_map"] = {t: change(n) for t, n in index["weight_map"].items()} | (more or {})
+        file.write_text(json.dumps(index))
+
+    return apply
+
+
+def _moved(file: Path, elsewhere: Path) -> None:
+    file.rename(elsewhere)
+    file.symlink_to(elsewhere)
+
+
+def _fifo(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda d: (d / "config.json").unlink(), r"config\.json is missing"),
     "broken config": (lambda d: (d / "config.json").write_text("{"), r"config\.json is no valid JSON"),
@@ -86,6 +109,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda d: _shard(d).write_bytes(_shard(d).read_bytes()[:-9]), SHARD + r".*is truncated"),
     "empty shard": (lambda d: _shard(d).write_bytes(b""), SHARD + r".*is truncated"),
     "broken index": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), r"index\.json has no weight_map"),
+    "shard elsewhere": (_index(lambda n: "../" + n), r"index\.json names '\.\./model-0.* is no file of its folder"),
+    "absolute shard": (_index(lambda n: "/etc/passwd"), r"index\.json names '/etc/passwd'"),
+    "shard no name": (_index(lambda n: 3), r"weight_map names no file for '"),
+    "linked shard": (lambda d: [_moved(_shard(d), d.parent / "x")], SHARD + r".* leads out of .*put the file itself there"),
+    "linked config": (lambda d: _moved(d / "config.json", d.parent / "x"), r"config\.json leads out of"),
+    "piped index": (lambda d: _fifo(d / "model.safetensors.index.json"), r"index\.json is a FIFO"),
+    "piped shard": (lambda d: _fifo(_shard(d)), SHARD + r".*is a FIFO"),
+    "other shard": (_index(lambda n: n.replace("00002-of", "00001-of")), r"says that model-00001-of-\d+\.safetensors holds"),
+    "promised tensor": (
+        _index(lambda n: n, {"backbone.more": "model-00001-of-00004.safetensors"}),
+        r"index\.json says that model-00001-of-00004\.safetensors holds 'backbone\.more', and it does not \(1 such",
+    ),
     "no tensor": (_tensors(lambda t: t.pop("backbone.layers.0.mixer.D")), r"'backbone\.layers\.0\.mixer\.D' is missing \(1"),
     "no head": (_tensors(lambda t: t.pop("lm_head.weight")), r"'lm_head\.weight' is missing"),
     "unknown tensor": (

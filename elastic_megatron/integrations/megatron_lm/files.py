@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from torch.distributed.checkpoint import CheckpointException
 
 from ... import runtime
 from ...checkpoint import tracker
-from ...checkpoint.hf_read import side_files
 from ...checkpoint.manifest import FILE, Manifest
+from ...checkpoint.side_files import copy_side_files
 from ...checkpoint.source import Source
 from ...errors import UserError
 from ...importance import Ranking
@@ -107,7 +106,5 @@ class RunFolder:
         if manifest is None or (folder / FILE).exists():
             return
         if self.hf_files is not None:
-            (folder / "hf").mkdir(exist_ok=True)
-            for file in side_files(self.hf_files):
-                shutil.copy2(file, folder / "hf")
+            copy_side_files(self.hf_files, manifest.hf_config, folder / "hf")
         manifest.write(folder / FILE)
