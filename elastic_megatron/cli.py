@@ -28,13 +28,8 @@ from .commands import (
     train,
 )
 from .data import cli as prepare_data
-from .errors import UserError
+from .errors import UserError, of_os_error
 from .report import cli as report
-
-# what the file system refuses is no defect: a path that cannot be written, a full disk
-_REFUSALS = {
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-}  # fmt: skip
 
 COMMANDS = (
     quickstart,
@@ -95,7 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command: 0 on success, 2 on bad input with one ``error:`` line, 1 on an internal failure.
+    """Run a command: 0 on success, else one ``error:`` line and the status of the ``UserError`` (2 on bad input), 1 on
+    an internal failure.
 
     With ``--json`` stdout carries the command's one JSON object and everything else goes to stderr.
     """
@@ -110,17 +106,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as e:
         for line in str(e).splitlines():
             print(f"error: {line}", file=sys.stderr)
-        return 2
+        return e.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader has seen enough; keep the interpreter from flushing into the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as e:  # an internal failure: the traceback is for a bug report
-        if isinstance(e, OSError) and e.errno in _REFUSALS and not os.environ.get("ELASTIC_MEGATRON_DEBUG"):
-            print(f"error: {e.filename or 'output'}: {e.strerror}; choose another path", file=sys.stderr)
-            return 2
+        if isinstance(e, BrokenPipeError) and e.errno == errno.EPIPE:
+            # the reader has seen enough; keep the interpreter from flushing into the pipe
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        told = of_os_error(e) if isinstance(e, OSError) else None
+        if told is not None and not os.environ.get("ELASTIC_MEGATRON_DEBUG"):
+            print(f"error: {told}", file=sys.stderr)
+            return told.status
         traceback.print_exc()
         print("this is a defect of elastic-megatron; please report it with the traceback", file=sys.stderr)
         return 1

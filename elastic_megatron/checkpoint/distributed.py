@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
 from .. import runtime
-from ..errors import UserError
+from ..errors import RetryableError, UserError
 from . import integrity, tracker
 from .agreement import ROUTER, check_replicas, same_on_all_ranks
 from .amax import Amax, write_amax
@@ -98,7 +98,8 @@ class Saver:
             hf_files: a Hugging Face directory whose tokenizer and other side files are copied to ``hf/``.
             amax: of a quantised model, those of the whole of it, on the first rank at least.
 
-        Raises ``UserError`` where the files cannot be written, or the budget router differs between ranks.
+        Raises ``UserError`` where the files can never be written, and ``RetryableError`` where that may pass: a full
+        disk, a file server that does not answer, a budget router that differs between ranks.
         """
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -135,12 +136,12 @@ class Saver:
         return tracker.folder(self.directory, iteration)
 
     def poll(self) -> None:
-        """Complete a background save if all ranks have written it. Raises ``UserError`` where one could not."""
+        """Complete a background save if all ranks have written it. Raises ``RetryableError`` where one could not."""
         with _write_errors(self.directory):
             self._queue.maybe_finalize_async_calls(blocking=False)
 
     def finish(self) -> None:
-        """Wait for a background save and complete it. Raises ``UserError`` where a rank could not write."""
+        """Wait for a background save and complete it. Raises ``RetryableError`` where a rank could not write."""
         with _write_errors(self.directory):
             self._queue.maybe_finalize_async_calls(blocking=True)
 
@@ -262,7 +263,8 @@ def _write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, CheckpointException) as e:  # the latter on every rank, with the reason on the first
-        raise UserError(
+        # one file of many could not be written where its folder could be made: whatever it was, it may pass
+        raise RetryableError(
             f"{folder} cannot be written ({_reason(e)}); free space and run the same command to continue from "
             "the last checkpoint"
         ) from e

@@ -1,18 +1,25 @@
 """Which checkpoint a folder means, and how a finished one takes its place. No torch: a login node may ask.
 
-Folders of a checkpoint root: ``iter_0000100`` is complete; ``.iter_0000100.incomplete`` is being written or
-removed; ``.iter_0000100.replaced`` was complete under the same number, and holds for it until the new one has the
-name.
+Folders of a checkpoint root: ``iter_0000100`` is complete; ``.iter_0000100.incomplete`` (or ``.incomplete.1`` …) is
+being written or removed; ``.iter_0000100.replaced`` was complete under the same number, and holds for it until the new
+one has the name.
+
+What is old may not go at once: another process has a file open over NFS, something is mounted there. That never fails a
+save: it is said, and tried again at the next one.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
+import itertools
 import re
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
+from ..files.writing import remove_abandoned, write_text
 from .manifest import FILE
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -72,25 +79,37 @@ def temporary(directory: Path, iteration: int) -> Path:
 
 
 def begin(directory: Path, iteration: int) -> None:
-    """Make an empty folder to write to; what dead saves left in ``directory`` is removed."""
-    for abandoned in directory.glob(".iter_*.incomplete"):
-        shutil.rmtree(abandoned)
-    temporary(directory, iteration).mkdir(parents=True)
+    """Make an empty folder to write to; what dead saves left in ``directory`` is removed, as far as it can be.
+
+    Raises ``OSError`` where the folder cannot be made.
+    """
+    remove_abandoned(directory)
+    for abandoned in directory.glob(".iter_*.incomplete*"):
+        _remove(abandoned)
+    path = temporary(directory, iteration)
+    if path.exists():
+        path.rename(_dying(path))
+    path.mkdir(parents=True)
 
 
 def publish(directory: Path, iteration: int) -> None:
-    """Give the written folder its name and point the tracker at it; at every moment the tracker names one."""
+    """Give the written folder its name and point the tracker at it; at every moment the tracker names one.
+
+    Raises ``OSError`` where the file system refuses a new name.
+    """
     final = folder(directory, iteration)
-    replaced = _hidden(final, "replaced")
     if (final / FILE).exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+        replaced = _hidden(final, "replaced")
+        if replaced.exists():
+            _discard(replaced)
         final.rename(replaced)
-    else:
-        shutil.rmtree(final, ignore_errors=True)
+    elif final.exists():
+        _discard(final)
     temporary(directory, iteration).rename(final)
-    _point(directory, iteration)
+    write_text(directory / TRACKER, f"{iteration}\n")
     for old in directory.glob(".iter_*.replaced"):
-        shutil.rmtree(old)
+        with _housekeeping(old):
+            _discard(old)
 
 
 def prune(directory: Path, keep_last: int) -> None:
@@ -101,9 +120,8 @@ def prune(directory: Path, keep_last: int) -> None:
     named = newest(directory)
     past = [p for p in complete(directory) if named and iteration(p) <= iteration(named)]
     for old in past[:-keep_last] if keep_last else []:
-        dying = _hidden(old, "incomplete")  # half removed, it must not look complete
-        old.rename(dying)
-        shutil.rmtree(dying)
+        with _housekeeping(old):
+            _discard(old)
 
 
 def iteration(path: Path) -> int:
@@ -111,13 +129,45 @@ def iteration(path: Path) -> int:
     return int(path.name.split("_")[1].split(".")[0])
 
 
-def _point(directory: Path, iteration: int) -> None:
-    written = directory / f".{TRACKER}.incomplete"
-    with open(written, "w") as f:
-        f.write(f"{iteration}\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(written, directory / TRACKER)
+def _discard(old: Path) -> None:
+    """Remove a folder, under a name that nobody takes for a complete checkpoint while it is half removed.
+
+    Raises ``OSError`` where it cannot be renamed.
+    """
+    dying = _dying(old)
+    old.rename(dying)
+    _remove(dying)
+
+
+def _remove(dying: Path) -> None:
+    """Remove as much of a folder as goes now; of a link, the link."""
+    failed: list[BaseException] = []
+    with _housekeeping(dying):
+        if dying.is_symlink():
+            dying.unlink()
+        else:
+            shutil.rmtree(dying, onexc=lambda _, __, error: failed.append(error))
+        if failed and dying.exists():
+            raise failed[0]
+
+
+@contextlib.contextmanager
+def _housekeeping(old: Path) -> Iterator[None]:
+    """A failure inside is a warning."""
+    try:
+        yield
+    except OSError as e:
+        print(
+            f"warning: {old} cannot be removed now ({e.strerror}); the next save tries again",
+            file=sys.stderr,
+        )
+
+
+def _dying(path: Path) -> Path:
+    """A free name for a folder that goes."""
+    first = temporary(path.parent, iteration(path))
+    others = (first.with_name(f"{first.name}.{n}") for n in itertools.count(1))
+    return next(name for name in itertools.chain([first], others) if not name.exists())
 
 
 def _hidden(path: Path, state: str) -> Path:

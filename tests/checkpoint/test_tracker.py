@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,3 +138,95 @@ def test_folders_of_dead_saves_go_with_the_next_one_and_the_users_stay(tmp_path:
     fake_save(tmp_path, 4, 40, keep_last=1)
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == ["iter_0000004", "iter_best", tracker.TRACKER, "notes.txt"]
+
+
+BUSY = ("held", ".nfs0001")
+
+
+@contextmanager
+def busy() -> Iterator[None]:
+    """Files of these names cannot be removed: as what is mounted, and as what NFS leaves of a file that is open."""
+    unlink = os.unlink
+
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> None:
+        if os.path.basename(path) in BUSY:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+        unlink(path, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        yield
+
+
+@given(iterations=st.lists(st.integers(0, 4), min_size=2, max_size=8), keep_last=st.integers(0, 3))
+@settings(max_examples=40)
+def test_what_cannot_be_removed_never_fails_a_save_and_goes_with_a_later_one(
+    tmp_path_factory: pytest.TempPathFactory, iterations: list[int], keep_last: int
+) -> None:
+    """Every save ends as if it could: what is named is whole, what is gone is not complete, and no other is lost."""
+    root, free = tmp_path_factory.mktemp("busy"), tmp_path_factory.mktemp("free")
+    for content, iteration in enumerate(iterations):
+        with busy():
+            begin(root, iteration, content)
+            for name in BUSY:
+                (tracker.temporary(root, iteration) / name).touch()
+            tracker.publish(root, iteration)
+            tracker.prune(root, keep_last)
+        fake_save(free, iteration, content, keep_last)
+        assert content_of(root) == content
+        assert [p.name for p in tracker.complete(root)] == [p.name for p in tracker.complete(free)]
+    fake_save(root, 9, 99, keep_last)
+    assert not list(root.glob(".iter_*"))
+
+
+def test_a_removal_that_failed_is_said_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_save(tmp_path, 1, 10)
+    (tmp_path / "iter_0000001" / "held").touch()
+    with busy():
+        fake_save(tmp_path, 2, 20, keep_last=1)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "iter_0000001" in said[0] and "the next save tries again" in said[0]
+
+
+def test_a_checkpoint_that_cannot_be_renamed_stays_complete(tmp_path: Path) -> None:
+    """It is a mount itself; the save that would have pruned it has succeeded all the same."""
+    fake_save(tmp_path, 1, 10)
+    rename = os.rename
+
+    def refuse(source: Any, target: Any, **kwargs: Any) -> None:
+        if Path(source).name == "iter_0000001":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), source)
+        rename(source, target, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "rename", refuse)
+        fake_save(tmp_path, 2, 20, keep_last=1)
+    assert content_of(tmp_path) == 20
+    assert [p.name for p in tracker.complete(tmp_path)] == ["iter_0000001", "iter_0000002"]
+    fake_save(tmp_path, 3, 30, keep_last=1)
+    assert [p.name for p in tracker.complete(tmp_path)] == ["iter_0000003"]
+
+
+def test_of_a_link_to_a_checkpoint_the_link_is_pruned(tmp_path: Path) -> None:
+    """Who moved an old checkpoint to another disk keeps it there."""
+    root, archive = tmp_path / "root", tmp_path / "archive"
+    fake_save(root, 1, 10)
+    shutil.move(root / "iter_0000001", archive)
+    (root / "iter_0000001").symlink_to(archive)
+    fake_save(root, 2, 20, keep_last=1)
+    assert sorted(p.name for p in root.iterdir()) == ["iter_0000002", tracker.TRACKER]
+    assert (archive / FILE).read_text() == "10"
+
+
+def test_what_a_crash_left_of_the_same_number_may_be_busy_too(tmp_path: Path) -> None:
+    """Killed between two names, a save leaves the one that it replaced beside the new one."""
+    fake_save(tmp_path, 2, 20)
+    shutil.copytree(tmp_path / "iter_0000002", tmp_path / ".iter_0000002.replaced")
+    (tmp_path / ".iter_0000002.replaced" / "held").touch()
+    with busy():
+        fake_save(tmp_path, 2, 21)
+    assert content_of(tmp_path) == 21
+    fake_save(tmp_path, 3, 30)
+    assert not list(tmp_path.glob(".iter_*"))

@@ -82,9 +82,27 @@ def save_on_full_disk(root: str, full: int, async_save: bool) -> str:
         with Saver(Path(root), async_save=async_save) as saver:
             saver.save(2, student.chunks, student.manifest, optimizer=student.optimizer)
     except UserError as error:
-        return str(error)
+        return f"{error.status}: {error}"
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return ""
+
+
+def save_refused(root: str, number: int) -> str:
+    """What each rank ends with where the file system refuses the first one the name of the second checkpoint."""
+    student = saved_models.student("M-", steps=0)
+    distributed.save(Path(root), 1, student.chunks, student.manifest)
+
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number), root)
+
+    publish, tracker.publish = tracker.publish, refuse
+    try:
+        distributed.save(Path(root), 2, student.chunks, student.manifest)
+    except UserError as error:
+        return f"{error.status}: {error}"
+    finally:
+        tracker.publish = publish
     return ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from saved_models import whole
 from elastic_megatron.checkpoint import integrity, tracker
 from elastic_megatron.checkpoint.source import open_stored
 from elastic_megatron.conversion import Request, to_hf, to_megatron
+from elastic_megatron.errors import AGAIN, BAD_INPUT
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -222,8 +224,20 @@ def test_all_ranks_hear_of_the_file_that_one_of_them_found_damaged(
 def test_all_ranks_hear_of_a_disk_that_is_full_for_one(
     ranks: RankPool, tmp_path: Path, async_save: bool
 ) -> None:
+    """And leave with the status of what may succeed later; the checkpoint before stays whole and named."""
     told = ranks.run(checkpoint_jobs.save_on_full_disk, 2, str(tmp_path), 1, async_save)
     assert all("cannot be written" in line and "\n" not in line for line in told), told
+    assert all(line.startswith(f"{AGAIN}: ") for line in told), told
+    named = tracker.newest(tmp_path)
+    assert named == tmp_path / "iter_0000001" and whole(named)
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.ESTALE, AGAIN), (errno.EACCES, BAD_INPUT)])
+def test_all_ranks_leave_with_the_status_of_what_was_refused_one(
+    ranks: RankPool, tmp_path: Path, number: int, status: int
+) -> None:
+    told = ranks.run(checkpoint_jobs.save_refused, 2, str(tmp_path), number)
+    assert len({*told}) == 1 and told[0].startswith(f"{status}: ") and os.strerror(number) in told[0], told
     named = tracker.newest(tmp_path)
     assert named == tmp_path / "iter_0000001" and whole(named)
 
