@@ -60,9 +60,9 @@ class _TiedFiles(SafetensorsFiles):
     def read(self, key: str, start: int, out: Tensor) -> None:
         super().read(key, start, out)
         if key == EMBEDDING and HEAD in self.entries:
-            other = torch.empty_like(out)
+            other = torch.empty(out.shape, dtype=self.entries[HEAD].dtype)
             super().read(HEAD, start, other)
-            if not torch.equal(out, other):
+            if not torch.equal(out.double().nan_to_num(), other.double().nan_to_num()):
                 raise UserError(
                     f"{self.where[HEAD].parent}: tie_word_embeddings is true, but lm_head.weight differs from the "
                     "embedding; set it to false in config.json"

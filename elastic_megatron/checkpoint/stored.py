@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Protocol
 
@@ -173,8 +173,13 @@ class StoredModel:
         whole = model_tensors(self.manifest.shape)
         return {t.name: t for weight in whole for t in as_stored(weight, self.quantised)}
 
+    def dtypes(self, tensor: ModelTensor) -> dict[str, torch.dtype]:
+        """Of each tensor of the files that holds rows of this one: a merged adapter may have changed some of them."""
+        return {piece.key: self.files.entries[piece.key].dtype for piece in self.pieces(tensor)}
+
     def dtype(self, tensor: ModelTensor) -> torch.dtype:
-        return self.files.entries[self.pieces(tensor)[0].key].dtype
+        """The smallest that holds every number of it: where its pieces have several, what torch promotes them to."""
+        return reduce(torch.promote_types, self.dtypes(tensor).values())
 
     def rows(self, tensor: ModelTensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows ``start`` to ``stop`` of a tensor, in a new tensor of its dtype."""
@@ -184,9 +189,18 @@ class StoredModel:
         for piece in self.pieces(tensor):
             first, last = max(start, row), min(stop, row + piece.rows)
             if first < last:
-                self.files.read(piece.key, piece.start + first - row, out[first - start : last - start])
+                self._read(piece.key, piece.start + first - row, out[first - start : last - start])
             row += piece.rows
         return out
+
+    def _read(self, key: str, start: int, out: Tensor) -> None:
+        """Fill ``out`` with rows of a tensor of the files, whatever dtype they have there."""
+        dtype = self.files.entries[key].dtype
+        if dtype == out.dtype:
+            return self.files.read(key, start, out)
+        own = torch.empty(out.shape, dtype=dtype)
+        self.files.read(key, start, own)
+        out.copy_(own)
 
     def state(self, wanted: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """(Megatron name, whole tensor), one at a time; only those of the names ``wanted`` where given."""

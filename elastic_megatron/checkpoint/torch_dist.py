@@ -271,7 +271,6 @@ def _check(
 ) -> None:
     """Raises ``UserError`` where pieces that are there are not those of this tensor."""
     padded = _VOCAB in tensor.layout.axes()  # Megatron rounds the vocabulary up; its first rows are ours
-    dtypes = {files.entries[p.key].dtype for p in pieces}
     for piece, wanted in zip(pieces, shapes, strict=True):
         found, what = files.entries[piece.key], f"{files.folder}: tensor {piece.key!r}"
         if found.shape != wanted and not (padded and found.shape[1:] == wanted[1:] and found.shape > wanted):
@@ -279,9 +278,9 @@ def _check(
                 f"{what} has shape {list(found.shape)}, the description of the model says {list(wanted)}; "
                 "they belong to different models"
             )
-        if len(dtypes) > 1 or found.dtype not in DTYPES:
-            names = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
-            raise UserError(f"{what} has dtype {names}; save the weights in one of BF16, FP16 or FP32")
+        if found.dtype not in DTYPES:
+            name = str(found.dtype).removeprefix("torch.")
+            raise UserError(f"{what} has dtype {name}; save the weights in BF16, FP16 or FP32")
     if tensor.layout.split and len(pieces) == 1 and any(c.offsets[0] for c in files.chunks(pieces[0].key)):
         raise UserError(
             f"{files.folder}: tensor {pieces[0].key!r} is fused and cut, so its rows may be interleaved by rank; "

@@ -185,6 +185,8 @@ def _write(
 def _done(args: argparse.Namespace, report: Report) -> dict[str, Any] | None:
     if args.json:
         return report.to_dict()
+    for line in report.notes:
+        print(line)
     for path in report.written:
         print(f"wrote {path}")
     note = ", read back and equal to its source" if report.verified else ""

@@ -98,6 +98,26 @@ def cut_model(
     return Model(shape, layer_sizes, cuts)
 
 
+def widened(source: StoredModel, models: Sequence[Model]) -> Iterator[str]:
+    """A line where tensors get a wider dtype because they are stored in one with others that have it."""
+    found: dict[str, tuple[torch.dtype, torch.dtype]] = {}
+    for cut in (cut for model in models for cut in model.cuts):
+        for key, own in source.dtypes(cut.source).items():
+            if own != cut.dtype:
+                found[key] = own, cut.dtype
+    if found:
+        (key, (own, wide)), *rest = found.items()
+        more = f" ({len(rest)} more like it)" if rest else ""
+        yield (
+            f"{key} is {_named(own)} and is stored in one with tensors that are not; it becomes {_named(wide)}, which "
+            f"loses nothing{more}"
+        )
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _space(manifest: Manifest, submodel: str | None) -> tuple[ElasticSpace, SubmodelSpec]:
     if submodel is None:
         space = manifest.space or ElasticSpace(manifest.shape, ())

@@ -29,7 +29,7 @@ from ..errors import UserError
 from ..quantization.formats import WEIGHT
 from .card import model_card
 from .copy import Progress, copy, threads
-from .cut import Model, cut_model
+from .cut import Model, cut_model, widened
 from .disk import check_space, flush, write_errors
 from .report import Report
 from .safetensors_shards import SafetensorsShards, nbytes
@@ -102,6 +102,7 @@ def to_hf(
         bytes_read=read,
         bytes_written=sum(nbytes(e) for p in plans for e in p.entries.values()),
         verified=verify,
+        notes=list(widened(source, models)) if dtype is None else [],
     )
 
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from math import prod
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from ..checkpoint import integrity, tracker
 from ..checkpoint.dequantised import dequantised
 from ..checkpoint.manifest import FILE
 from ..checkpoint.side_files import copy_side_files
-from ..checkpoint.stored import StoredModel
+from ..checkpoint.stored import ModelTensor, StoredModel
 from ..checkpoint.torch_dist import open_torch_dist
+from ..checkpoint.torch_dist_names import dist_pieces
 from ..errors import UserError
 from .copy import Progress, copy
-from .cut import cut_model
+from .cut import Model, cut_model, widened
 from .disk import check_space, flush, write_errors
 from .report import Report
 from .torch_dist_files import write_torch_dist
@@ -27,8 +32,9 @@ def to_megatron(
 ) -> Report:
     """Write iteration 0 of a checkpoint, for any parallel layout, in memory that does not grow with the model.
 
-    The tensors keep their dtypes; of a quantised source, they are the numbers that its weights stand for. The
-    checkpoint is written under a hidden name, and the tracker names it when it is complete.
+    The tensors keep their dtypes, but those that a checkpoint keeps in one get one that holds them all; of a quantised
+    source, they are the numbers that its weights stand for. The checkpoint is written under a hidden name, and the
+    tracker names it when it is complete.
 
     Args:
         directory: the checkpoint root; must hold no checkpoint yet.
@@ -40,7 +46,12 @@ def to_megatron(
     if tracker.is_checkpoint(directory):
         raise UserError(f"{directory} holds a checkpoint already; choose another folder")
     source = dequantised(source)
-    model = cut_model(source)
+    model = _one_dtype_per_key(cut_model(source))
+    dtypes = {cut.target.name: cut.dtype for cut in model.cuts}
+
+    def rows(tensor: ModelTensor, start: int, stop: int) -> Tensor:
+        return source.rows(tensor, start, stop).to(dtypes[tensor.name])
+
     size = sum(prod(cut.target.shape) * cut.dtype.itemsize for cut in model.cuts)
     check_space({directory: size})
     temporary = tracker.temporary(directory, 0)
@@ -48,9 +59,8 @@ def to_megatron(
         tracker.begin(directory, 0)
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
 
-        write_torch_dist(
-            temporary, [(cut.target, cut.dtype) for cut in model.cuts], source.rows, progress=progress
-        )
+        tensors = [(cut.target, cut.dtype) for cut in model.cuts]
+        write_torch_dist(temporary, tensors, rows, progress=progress)
         source.manifest.write(temporary / FILE)
         if source.side_files is not None:
             copy_side_files(source.side_files, source.manifest.hf_config, temporary / "hf")
@@ -65,4 +75,15 @@ def to_megatron(
         bytes_read=size,
         bytes_written=size,
         verified=verify,
+        notes=list(widened(source, [model])),
     )
+
+
+def _one_dtype_per_key(model: Model) -> Model:
+    """The experts of a layer are stacked in one tensor of the files, which has one dtype."""
+    found: dict[str, torch.dtype] = {}
+    for cut in model.cuts:
+        for piece in dist_pieces(cut.target):
+            found[piece.key] = torch.promote_types(found.get(piece.key, cut.dtype), cut.dtype)
+    cuts = [replace(cut, dtype=found[dist_pieces(cut.target)[0].key]) for cut in model.cuts]
+    return replace(model, cuts=cuts)
