@@ -9,7 +9,7 @@ tensors that recomputation passes as explicit arguments.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.parallel import scale_gradient
-from ..ops.saving import recomputing, rescaled
+from ..ops.saving import recomputed, rescaled
 from ..space import ElasticSpace
 from .widths import LayerWidths
 
@@ -81,27 +81,28 @@ def attach(layer: nn.Module, symbol: str, space: ElasticSpace, replicas: int = 1
 def mask_input(module: nn.Module, binding: Binding, field: str) -> None:
     """Multiply a module's first argument by the mask, before any input quantiser.
 
-    What the module then saves of the product for its backward pass is computed again there.
+    What the module saves of the product for its backward pass is computed again there, once.
     """
-    entered: list[AbstractContextManager[Any]] = []
+    entered: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        entered.clear()  # of a call that failed
         mask = binding.get(field)
         if mask is None:
             return None
         x, mask = args[0], mask.to(args[0].dtype)
         product = x * mask
-        if mask.requires_grad and torch.is_grad_enabled():
-            entered.append(recomputing(product, x, mask))
-            entered[-1].__enter__()
+        if mask.requires_grad and torch.is_grad_enabled() and product.numel():
+            entered.append((product, x, mask))
         return product, *args[1:]
 
-    def after(*_: Any) -> None:
-        while entered:
-            entered.pop().__exit__(None, None, None)
+    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        if entered:
+            out = output[0] if isinstance(output, tuple) else output
+            recomputed(*entered.pop(), before=out.grad_fn)
 
     module.register_forward_pre_hook(before)
-    module.register_forward_hook(after, always_call=True)
+    module.register_forward_hook(after)
 
 
 def mask_output(module: nn.Module, binding: Binding, field: str) -> None:

@@ -68,9 +68,7 @@ class Cuts:
             source, original = self.sources[layer, layout, expert]
             if alike is not None:
                 alike(holder, original)
-            # Transformer Engine hands pointers to its kernels, without strides
-            dense = any(base.__module__.startswith("transformer_engine") for base in type(holder).__mro__)
-            yield part, source, replace(self._cut(layer, layout, source), dense=dense)
+            yield part, source, replace(self._cut(layer, layout, source), dense=not _takes_strides(holder))
 
     def experts(self, layer: int) -> Cut:
         """Of a vector over all experts of a layer."""
@@ -91,6 +89,17 @@ class Cuts:
         if field == "moe_ffn_hidden_size":
             return self.expert_tensor
         return self.tensor if field in SHARED_BY_TENSOR_RANKS else 1
+
+
+def _takes_strides(holder: nn.Module) -> bool:
+    """May the rows of this module's weights lie apart?
+
+    Those of Megatron's own linears, which call torch. Transformer Engine hands pointers and sizes to its kernels, also
+    from modules that are not its own: the moe_router's GEMM is one of its kernels wherever it can be imported.
+    """
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+
+    return isinstance(holder, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding)
 
 
 def _cut(places: list[tuple[int, list[int]]], shape: tuple[int, ...], device: torch.device) -> Cut:

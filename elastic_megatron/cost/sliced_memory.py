@@ -16,13 +16,16 @@ SHARED_BY_TENSOR_RANKS = (
     "moe_shared_expert_intermediate_size", "vocab_size",
 )  # fmt: skip
 
+_ROUTER = "mlp.router.weight"
+
 
 @dataclass(frozen=True)
 class Submodels:
     """What the micro-batches of a step run, each on its own widths.
 
     Args:
-        dense: must rows of a matrix lie one after the other, as Transformer Engine's kernels take them?
+        dense: must rows of a matrix lie one after the other, as Transformer Engine's kernels take them? Those of the
+            moe_router's must in any case.
     """
 
     space: ElasticSpace
@@ -75,6 +78,6 @@ def _copied(
         places = [layout.gather(dim, sizes, kept) or range(n) for dim, n in enumerate(extents)]
         scattered = any(list(place) != list(range(len(place))) for place in places)
         narrowed = any(len(place) < n for place, n in zip(places[1:], extents[1:], strict=True))
-        if scattered or (dense and narrowed):
+        if scattered or (narrowed and (dense or layout.name == _ROUTER)):
             total += prod(len(place) for place in places) * (experts if layout.per_expert else 1)
     return total

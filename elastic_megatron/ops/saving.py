@@ -6,12 +6,12 @@ activations where the model without the factor keeps one.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import Node
 
 
 def rescaled(x: Tensor, factor: Tensor) -> Tensor:
@@ -23,28 +23,29 @@ def rescaled(x: Tensor, factor: Tensor) -> Tensor:
     return _Rescaled.apply(x, factor) if factor.requires_grad and torch.is_grad_enabled() else x * factor
 
 
-def recomputing(product: Tensor, x: Tensor, factor: Tensor) -> AbstractContextManager[Any]:
-    """Context in which ``product``, and views of it, are saved for a backward pass as ``x`` and ``factor``.
+def recomputed(product: Tensor, x: Tensor, factor: Tensor, before: Node) -> None:
+    """Give back the memory of ``product`` until ``before`` runs in the backward pass, where it is computed again.
 
-    ``product`` is ``x * factor``, computed again when it is needed. ``x`` is the copy that autograd keeps for the
-    gradient of a factor of any value, zero included.
+    ``product`` is ``x * factor``, with a storage of its own that no later part of the forward pass reads. ``x`` is the
+    copy that autograd keeps for the gradient of a factor of any value, zero included.
+
+    Args:
+        before: the node of the output of whatever took the product: those that saved it, or views of it, run later.
+
+    Hooks on saved tensors would do the same for each view on its own, and hand the backward pass copies of parameters:
+    Megatron's linears look on the parameter itself for ``main_grad`` and the flag of a fused weight gradient.
     """
-    memory, kept = product.untyped_storage().data_ptr(), (x.detach(), factor.detach())
+    storage = product.untyped_storage()
+    # of a version counter of its own: to autograd the product was never changed
+    values, size, kept = product.data, storage.nbytes(), (x.detach(), factor.detach())
 
-    def pack(saved: Tensor) -> Any:
-        if not saved.numel() or saved.untyped_storage().data_ptr() != memory:
-            # a node that saves its own result would otherwise keep itself alive
-            return saved.detach()
-        return saved.shape, saved.stride(), saved.storage_offset(), *kept
+    def again(_: object) -> None:
+        storage.resize_(size)
+        torch.mul(*kept, out=values)
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
-
-
-def _unpack(packed: Any) -> Tensor:
-    if isinstance(packed, Tensor):
-        return packed
-    shape, stride, offset, x, factor = packed
-    return (x * factor).as_strided(shape, stride, offset)
+    # a node's own hooks run after those of its tensors, which Megatron's recomputation of x may be one of
+    before.register_prehook(again)
+    storage.resize_(0)
 
 
 class _Rescaled(torch.autograd.Function):

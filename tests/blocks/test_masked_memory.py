@@ -13,25 +13,27 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from elastic_megatron.ops import SubmodelMix
-from elastic_megatron.ops.saving import recomputing, rescaled
+from elastic_megatron.ops.saving import recomputed, rescaled
 
 
 class Made(TorchDispatchMode):
-    """Bytes of the tensors made inside, by storage."""
+    """The storages of the tensors made inside."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sizes: dict[StorageWeakRef, int] = {}
+        self.storages: set[StorageWeakRef] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, tuple | list) else (out,):
             if isinstance(t, Tensor):
-                self.sizes[StorageWeakRef(t.untyped_storage())] = t.untyped_storage().nbytes()
+                self.storages.add(StorageWeakRef(t.untyped_storage()))
         return out
 
     def alive(self) -> int:
-        return sum(size for ref, size in self.sizes.items() if not ref.expired())
+        """Bytes that they have now."""
+        found = (torch.UntypedStorage._new_with_weak_ptr(ref.cdata) for ref in self.storages)
+        return sum(storage.nbytes() for storage in found if storage is not None)
 
 
 def kept(forward: Callable[[], Tensor]) -> int:
@@ -73,11 +75,9 @@ def test_a_product_that_is_computed_again_gives_the_same_gradients(kind: nn.Modu
     inputs = [x, factor, *module.parameters()]
     wanted = torch.autograd.grad(module(x * factor).square().sum(), inputs)
     product = x * factor
-    with recomputing(product, x, factor):
-        out = module(product)
-    memory = StorageWeakRef(product.untyped_storage())
-    del product
-    assert memory.expired()
+    out = module(product)
+    recomputed(product, x, factor, before=out.grad_fn)
+    assert product.untyped_storage().nbytes() == 0
     found = torch.autograd.grad(out.square().sum(), inputs)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
@@ -105,8 +105,8 @@ def test_a_forward_pass_without_a_backward_pass_leaves_nothing(module: nn.Module
     """Also where a module saves what it returns."""
     x, factor = torch.ones(4, 6, requires_grad=True), torch.ones(6, requires_grad=True)
     product = x * factor
-    with recomputing(product, x, factor):
-        out = module(product)
+    out = module(product)
+    recomputed(product, x, factor, before=out.grad_fn)
     made = [StorageWeakRef(t.untyped_storage()) for t in (product, out)]
     del product, out
     assert all(memory.expired() for memory in made)
