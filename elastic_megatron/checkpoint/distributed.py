@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from .. import runtime
 from ..errors import RetryableError, UserError
@@ -192,7 +192,7 @@ def load(path: Path, chunks: Sequence[nn.Module], *, optimizer: Any = None) -> d
     with same_on_all_ranks(f"{path} cannot be read"):
         Manifest.read(path / FILE)  # first: it knows the releases that cannot be read
         integrity.verify(path, _rank(), torch.distributed.get_world_size())
-    shards = _model_shards(chunks)
+    shards = _without_missing_extra_states(_model_shards(chunks), path)
     if optimizer is not None:
         shards["optimizer"] = optimizer.sharded_state_dict(shards, is_loading=True, metadata=_metadata())
     with same_on_all_ranks(f"{path} cannot be read"):
@@ -227,6 +227,22 @@ def _model_shards(chunks: Sequence[nn.Module]) -> dict[str, Any]:
             if key.startswith(ROUTER):
                 shard.replica_id = (stage, *shard.replica_id[1:])
     return shards
+
+
+def _without_missing_extra_states(shards: dict[str, Any], path: Path) -> dict[str, Any]:
+    """``shards`` of Transformer Engine's modules, less their FP8 states where a model without it was saved.
+
+    Its modules ask for such a state always; in BF16 it is empty.
+    """
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    return {
+        name: {
+            key: shard
+            for key, shard in chunk.items()
+            if not key.endswith("_extra_state") or shard.unique_key in stored
+        }
+        for name, chunk in shards.items()
+    }
 
 
 def _metadata() -> dict[str, Any]:
