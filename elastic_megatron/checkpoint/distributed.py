@@ -21,14 +21,15 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint import CheckpointException
 
 from .. import runtime
 from ..errors import RetryableError, UserError
 from . import integrity, tracker
-from .agreement import ROUTER, check_replicas, same_on_all_ranks
+from .agreement import check_replicas, same_on_all_ranks
 from .amax import Amax, write_amax
 from .manifest import FILE, Manifest
+from .sharded_state import model_shards, named, sharding, without_missing_states
 from .side_files import copy_side_files
 
 
@@ -115,9 +116,9 @@ class Saver:
                 tracker.begin(self.directory, iteration)
         torch.distributed.barrier()
         temporary = tracker.temporary(self.directory, iteration)
-        shards = _model_shards(chunks) | {"state": dict(state or {})}
+        shards = model_shards(chunks) | {"state": dict(state or {})}
         if optimizer is not None:
-            shards["optimizer"] = optimizer.sharded_state_dict(shards, metadata=_metadata())
+            shards["optimizer"] = optimizer.sharded_state_dict(shards, metadata=sharding())
         # the data-parallel ranks share the writing
         strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), runtime.groups().dp_cp)
         request = dist_checkpointing.save(
@@ -192,14 +193,14 @@ def load(path: Path, chunks: Sequence[nn.Module], *, optimizer: Any = None) -> d
     with same_on_all_ranks(f"{path} cannot be read"):
         Manifest.read(path / FILE)  # first: it knows the releases that cannot be read
         integrity.verify(path, _rank(), torch.distributed.get_world_size())
-    shards = _without_missing_extra_states(_model_shards(chunks), path)
+    shards = without_missing_states(model_shards(chunks), path)
     if optimizer is not None:
-        shards["optimizer"] = optimizer.sharded_state_dict(shards, is_loading=True, metadata=_metadata())
+        shards["optimizer"] = optimizer.sharded_state_dict(shards, is_loading=True, metadata=sharding())
     with same_on_all_ranks(f"{path} cannot be read"):
         try:
             with _unlogged():
                 loaded = dist_checkpointing.load(shards, str(path))
-            for name, chunk in _named(chunks):
+            for name, chunk in named(chunks):
                 chunk.load_state_dict(loaded[name], strict=False)
             if optimizer is not None:
                 with torch.no_grad():  # the fp32 path copies into views of leaves
@@ -210,48 +211,6 @@ def load(path: Path, chunks: Sequence[nn.Module], *, optimizer: Any = None) -> d
                 "parallel.distributed_optimizer: name an older iteration in the tracker file, or use another run_dir"
             ) from e
     return dict(loaded.get("state", {}))
-
-
-def _named(chunks: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
-    """Chunks under the names that Megatron's optimizers look for."""
-    return [("model" if len(chunks) == 1 else f"model{i}", chunk) for i, chunk in enumerate(chunks)]
-
-
-def _model_shards(chunks: Sequence[nn.Module]) -> dict[str, Any]:
-    """Sharded state dicts of the chunks. The budget router lies on every pipeline stage; the first one's is saved."""
-    stage = runtime.groups().pp.rank()
-    shards: dict[str, Any] = {}
-    for name, chunk in _named(chunks):
-        shards[name] = chunk.sharded_state_dict(metadata=_metadata())
-        for key, shard in shards[name].items():
-            if key.startswith(ROUTER):
-                shard.replica_id = (stage, *shard.replica_id[1:])
-    return shards
-
-
-def _without_missing_extra_states(shards: dict[str, Any], path: Path) -> dict[str, Any]:
-    """``shards`` of Transformer Engine's modules, less their FP8 states where a model without it was saved.
-
-    Its modules ask for such a state always; in BF16 it is empty.
-    """
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
-    return {
-        name: {
-            key: shard
-            for key, shard in chunk.items()
-            if not key.endswith("_extra_state") or shard.unique_key in stored
-        }
-        for name, chunk in shards.items()
-    }
-
-
-def _metadata() -> dict[str, Any]:
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-        "singleton_local_shards": False,
-        "dp_cp_group": runtime.groups().dp_cp,
-    }
 
 
 def _write_shards(write: Callable[..., None], folder: Path, owner: int | None, *arguments: Any) -> None:
