@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
+from ..files.reading import inside
 from .manifest import Manifest
-from .stored import quantised_weights
+from .safetensors_files import SafetensorsFiles
+from .stored import Entry, quantised_weights
 
 FILE = "amax.safetensors"
 _REMEDY = "restore both from a backup, or name an older iteration in the tracker file"
@@ -37,14 +38,18 @@ def write_amax(folder: Path, found: Mapping[str, Amax]) -> None:
 def read_amax(folder: Path) -> dict[str, Amax]:
     """Inverse of ``write_amax``. Raises ``UserError`` where the file is missing or damaged."""
     try:
-        pairs = load_file(folder / FILE)
-        if odd := [name for name, pair in pairs.items() if pair.shape != (2,) or pair.dtype != torch.float32]:
-            raise TypeError(f"{odd[0]!r} is no pair of fp32 numbers")
-        return {name: Amax(*pair.unbind()) for name, pair in pairs.items()}
-    except (OSError, SafetensorError, TypeError) as e:
-        raise UserError(
-            f"{folder / FILE} cannot be read ({e}), and elastic.json says that the model is quantised; {_REMEDY}"
-        ) from None
+        files = SafetensorsFiles([inside(folder, FILE, folder)])
+    except UserError as e:
+        raise UserError(f"elastic.json says that the model is quantised, but {e}; {_REMEDY}") from None
+    found = {}
+    for name, entry in files.entries.items():
+        if entry != Entry((2,), torch.float32):
+            raise UserError(f"{folder / FILE}: {name!r} is no pair of fp32 numbers; {_REMEDY}")
+        files.read(name, 0, pair := torch.empty(2))
+        if not (pair.isfinite() & (pair >= 0)).all():
+            raise UserError(f"{folder / FILE}: {pair.tolist()} of {name!r} are no magnitudes; {_REMEDY}")
+        found[name] = Amax(*pair.unbind())
+    return found
 
 
 def amax_of(folder: Path, manifest: Manifest) -> dict[str, Amax]:

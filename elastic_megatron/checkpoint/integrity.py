@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files.json_files import read_object, write_object
+from ..files.reading import inside, open_regular
+from ..space.stated import section, shown, whole_number
 
 FILE = "integrity.json"
 ALGORITHM = "sha256"
 _PARTS = "digests.{}.json"
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def digest_part(folder: Path, rank: int, files: Iterable[Path]) -> None:
@@ -35,7 +39,7 @@ def digest_part(folder: Path, rank: int, files: Iterable[Path]) -> None:
 
 def record(folder: Path, part: int, digests: Mapping[str, tuple[int, str]]) -> None:
     """Leave (size, digest) of files, taken while they were written, in ``folder`` for ``seal``."""
-    _write(folder / _PARTS.format(part), dict(digests))
+    write_object(folder / _PARTS.format(part), dict(digests))
 
 
 def seal(folder: Path) -> None:
@@ -43,11 +47,11 @@ def seal(folder: Path) -> None:
     known: dict[str, list[Any]] = {}
     for part in folder.glob(_PARTS.format("*")):
         with contextlib.suppress(ValueError):  # cut short by a disk that was full for a moment
-            known |= json.loads(part.read_text())
+            known |= read_object(part, "")
         part.unlink()
     names = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
     entries = {n: known.get(n) or _entry(folder / n) for n in names if n != FILE}
-    _write(
+    write_object(
         folder / FILE,
         {
             "algorithm": ALGORITHM,
@@ -64,7 +68,7 @@ def verify(folder: Path, rank: int = 0, world: int = 1) -> None:
     """
     files, sizes = _read(folder)
     for name in _share({n: sizes.get(n, 0) for n in files}, rank, world):
-        if problem := _problem(folder / name, sizes.get(name), files[name]):
+        if problem := _problem(inside(folder, name, folder / FILE), sizes.get(name), files[name]):
             raise UserError(f"{folder / name} {problem}; {_REMEDY}")
 
 
@@ -72,24 +76,29 @@ def verify_sizes(folder: Path) -> None:
     """As ``verify``, of all files, but without reading them."""
     files, sizes = _read(folder)
     for name in sorted(files):
-        if problem := _problem(folder / name, sizes.get(name), None):
+        if problem := _problem(inside(folder, name, folder / FILE), sizes.get(name), None):
             raise UserError(f"{folder / name} {problem}; {_REMEDY}")
 
 
 def _read(folder: Path) -> tuple[dict[str, str], dict[str, int]]:
     """Digests and sizes by file name, empty without ``integrity.json``."""
     file = folder / FILE
-    if not file.exists():
+    if not os.path.lexists(file):
         return {}, {}
+    data = read_object(inside(folder, FILE, folder), _REMEDY, _REMEDY)
     try:
-        data = json.loads(file.read_text())
-        files, sizes = dict(data["files"]), dict(data.get("sizes", {}))
-        algorithm = data["algorithm"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{file} is damaged ({type(e).__name__}: {e}); {_REMEDY}") from None
-    if algorithm != ALGORITHM:
-        raise UserError(f"{file} has algorithm {algorithm!r}, this release reads {ALGORITHM!r}; {_REMEDY}")
-    return files, sizes
+        algorithm = data.get("algorithm")
+        if algorithm != ALGORITHM:
+            raise UserError(f"its algorithm is {shown(algorithm)}, this release reads {ALGORITHM}")
+        files, sizes = section(data.get("files"), "files"), section(data.get("sizes", {}), "sizes")
+        for name, digest in files.items():
+            if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+                raise UserError(f"the digest of {shown(name)} is {shown(digest)}")
+        for name, size in sizes.items():
+            whole_number(size, f"the size of {shown(name)}", 0, 1 << 62)
+    except UserError as e:
+        raise UserError(f"{file} is damaged ({e}); {_REMEDY}") from None
+    return dict(files), dict(sizes)
 
 
 _REMEDY = "name an older iteration in the tracker file, or restore this one from a backup"
@@ -97,7 +106,9 @@ _REMEDY = "name an older iteration in the tracker file, or restore this one from
 
 def _problem(file: Path, size: int | None, digest: str | None) -> str | None:
     try:
-        found = file.stat().st_size
+        found = file.stat().st_size if file.is_file() else -1
+        if found < 0:
+            return "is missing" if not file.exists() else "is no ordinary file"
         if size is not None and found != size:
             return f"has {found} bytes instead of {size}"
         changed = digest is not None and _digest(file) != digest
@@ -124,13 +135,5 @@ def _entry(file: Path) -> tuple[int, str]:
 
 
 def _digest(file: Path) -> str:
-    with open(file, "rb") as f:
+    with open_regular(file) as f:
         return hashlib.file_digest(f, ALGORITHM).hexdigest()
-
-
-def _write(file: Path, data: dict[str, Any]) -> None:
-    with open(file, "w") as f:
-        json.dump(data, f, indent=1)
-        f.write("\n")
-        f.flush()
-        os.fsync(f.fileno())

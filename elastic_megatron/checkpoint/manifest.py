@@ -13,6 +13,7 @@ from ..files.json_files import read_object
 from ..files.reading import inside
 from ..files.writing import write_text
 from ..space import Budget, ElasticSpace, ParentShape, SubmodelSpec
+from ..space.stated import checked_name, listed, section, shown
 from .hf_quantised import Quantised, from_file
 
 FILE = "elastic.json"
@@ -72,26 +73,39 @@ class Manifest:
                 f"{FORMAT_VERSION}; use the elastic-megatron release that wrote it"
             )
         try:
-            space = ElasticSpace.from_dict(data["space"]) if data["space"] else None
-            submodels = {n: SubmodelSpec.of(w) for n, w in data["submodels"].items()}
-            manifest = cls(
-                shape=ParentShape.from_dict(data["shape"]),
-                space=space,
-                budgets=tuple(Budget.from_dict(b) for b in data["budgets"]),
-                submodels=submodels,
-                ranking=data["ranking"],
-                hf_config=data["hf_config"],
-                versions=data["versions"],
-                quantised=from_file(data["quantised"]) if "quantised" in data else None,
-            )
-        except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as e:
+            return cls._of(data)
+        except KeyError as e:
+            raise UserError(f"{source} is damaged (it has no {e}); restore it from a backup") from None
+        except (TypeError, ValueError, AttributeError) as e:
             what = e if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
             raise UserError(f"{source} is damaged ({what}); restore it from a backup") from None
+
+    @classmethod
+    def _of(cls, data: Mapping[str, Any]) -> Manifest:
+        space = None if data["space"] is None else ElasticSpace.from_dict(data["space"])
+        submodels = {
+            checked_name(name, "submodel"): SubmodelSpec.from_dict(widths)
+            for name, widths in section(data["submodels"], "submodels").items()
+        }
+        manifest = cls(
+            shape=ParentShape.from_dict(section(data["shape"], "shape")),
+            space=space,
+            budgets=tuple(Budget.from_dict(b) for b in listed(data["budgets"], "budgets")),
+            submodels=submodels,
+            ranking=data["ranking"],
+            hf_config=section(data["hf_config"], "hf_config"),
+            versions=section(data["versions"], "versions"),
+            quantised=from_file(data["quantised"]) if "quantised" in data else None,
+        )
+        if not isinstance(manifest.ranking, str | None):
+            raise UserError(f"ranking is {shown(manifest.ranking)}; it must be a digest or null")
+        if space is None and submodels:
+            raise UserError("it has submodels and no space that they are of")
         if space is not None and space.parent != manifest.shape:
-            raise UserError(f"{source} is damaged (shape and space disagree); restore it from a backup")
+            raise UserError("shape and space disagree")
         for name, spec in submodels.items():
-            if space is not None:
-                space.check(spec, f"{source}: submodel {name}")
+            assert space is not None
+            space.check(spec, f"submodel {name}")
         return manifest
 
     def write(self, path: Path) -> None:

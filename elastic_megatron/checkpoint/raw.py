@@ -73,7 +73,7 @@ class RawFiles:
     """Reads from any number of files, for several threads at once."""
 
     def __init__(self) -> None:
-        self._files = OpenFiles(os.O_RDONLY)
+        self._files = OpenFiles(os.O_RDONLY | os.O_NONBLOCK)  # a FIFO is then an error, and no wait
 
     def read(self, file: Path, offset: int, out: Tensor) -> None:
         """Fill ``out``, contiguous and on the CPU, with the bytes from ``offset``.

@@ -19,10 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
+from ..files.reading import read_bytes
 from ..files.writing import remove_abandoned, write_text
 from .manifest import FILE
 
 TRACKER = "latest_checkpointed_iteration.txt"
+_NUMBER = re.compile(r"[0-9]{1,18}")
+_LONGEST = 1024
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
 
@@ -34,14 +37,24 @@ def newest(directory: Path) -> Path | None:
     tracker = directory / TRACKER
     if not tracker.exists():
         return None
-    text = tracker.read_text(errors="replace").strip()
-    if text.isdecimal():
+    text = read_tracker(tracker)
+    if _NUMBER.fullmatch(text):
         path = folder(directory, int(text))
         for candidate in (path, _hidden(path, "replaced")):
             if (candidate / FILE).exists():
                 return candidate
     names = ", ".join(p.name for p in complete(directory)) or "none"
     raise UserError(f"{tracker} says {text[:40]!r}, but complete checkpoints are: {names}; correct the file")
+
+
+def read_tracker(file: Path) -> str:
+    """What a tracker file says. Raises ``UserError`` where it cannot be read, or is no short line."""
+    try:
+        return read_bytes(file, _LONGEST).decode(errors="replace").strip()
+    except OSError as e:
+        raise UserError(
+            f"{file} cannot be read ({e.strerror}); write the number of an iteration there"
+        ) from None
 
 
 def resolve(path: Path) -> Path:

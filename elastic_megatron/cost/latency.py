@@ -17,7 +17,6 @@ that differs there is refused, because the table says nothing about it.
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
@@ -28,8 +27,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..files.json_files import read_object
 from ..space import AXES
 from ..space.layouts import Number
+from ..space.stated import is_finite, section, shown, whole_number, whole_numbers
 from .sizes import ModelSizes, parent_fields
 
 if TYPE_CHECKING:
@@ -168,18 +169,15 @@ class LatencyTable:
 
 @lru_cache(maxsize=16)
 def _load(path: str, _mtime_ns: int) -> LatencyTable:
-    try:
-        data = json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"latency table {path} is no valid JSON ({e}); {_REMEDY}") from None
+    data = read_object(Path(path), _REMEDY, _REMEDY)
     try:
         if data["format_version"] != FORMAT_VERSION or data["unit"] != "seconds":
             raise UserError(f"latency table {path} has another format or unit; {_REMEDY}")
         return LatencyTable(
             path,
             str(data["device"]),
-            int(data["tokens"]),
-            tuple(sorted(data.get("shape", {}).items())),
+            whole_number(data["tokens"], f"latency table {path}: tokens", 1, 1 << 40),
+            tuple(sorted(section(data.get("shape", {}), f"latency table {path}: shape").items())),
             tuple((s, _grid(g, f"latency table {path}: symbols.{s}")) for s, g in data["symbols"].items()),
             _grid(data["ends"], f"latency table {path}: ends"),
         )
@@ -190,15 +188,15 @@ def _load(path: str, _mtime_ns: int) -> LatencyTable:
 
 
 def _grid(data: Mapping[str, Any], where: str) -> Grid:
-    axes = tuple((name, tuple(values)) for name, values in data["axes"].items())
+    axes = tuple(
+        (name, whole_numbers(values, f"{where}: {name}", 0, 1 << 40)) for name, values in data["axes"].items()
+    )
     for name, values in axes:
         if name not in {a.name for a in AXES}:
             raise UserError(f"{where}: unknown axis {name!r}; {_REMEDY}")
         if not values or list(values) != sorted(set(values)):
             raise UserError(f"{where}: the values of {name} must ascend, got {list(values)}; {_REMEDY}")
     seconds = list(_flatten(data["seconds"], [len(v) for _, v in axes], where))
-    if bad := [s for s in seconds if not math.isfinite(s) or s < 0]:
-        raise UserError(f"{where}: {bad[0]} is no time; {_REMEDY}")
     return Grid(axes, tuple(seconds))
 
 
@@ -208,6 +206,8 @@ def _flatten(nested: Any, lengths: list[int], where: str) -> Iterator[float]:
             f"{where}: seconds must be nested like the axes, one number per grid point; {_REMEDY}"
         )
     if not lengths:
+        if not is_finite(nested) or nested < 0:
+            raise UserError(f"{where}: {shown(nested)} is no time; {_REMEDY}")
         yield float(nested)
         return
     for part in nested:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from .reading import TEXT_LIMIT, read_text
 from .writing import write_text
 
 _DEPTH = 64
+# whole numbers of more digits are in no file, and overflow where they are divided
+_DIGITS = 40
+_HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_object(
@@ -40,11 +44,18 @@ def read_object(
 
 
 def parse(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ``ValueError`` where it is none, or nested beyond all reason."""
+    """The value of a JSON text.
+
+    Raises ``ValueError`` where it is none, is nested beyond all reason, says two things under one key, or holds numbers
+    or characters that nothing can be done with.
+    """
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    raw = text if isinstance(text, bytes) else text.encode("utf-8")
+    if _HALF_CHARACTER.search(raw):
+        json.dumps(data, ensure_ascii=False).encode("utf-8")  # UnicodeEncodeError is a ValueError
     level = [data]
     for _ in range(_DEPTH):
         level = [
@@ -56,6 +67,21 @@ def parse(text: str | bytes) -> Any:
         if not level:
             return data
     raise ValueError("nested too deeply")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for name, value in pairs:
+            if found[name] != value:
+                raise ValueError(f"key {name[:60]!r} is given twice, with two values")
+    return found
+
+
+def _integer(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
 
 
 def write_object(file: Path, data: Any, *, indent: int | None = 1) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import UserError
+from ..files.json_files import read_object, write_object
+from ..files.reading import open_regular
+from ..space.stated import check_pattern, section, whole_number
 
 TENSORS = "ranking.safetensors"
 NOTES = "ranking.json"
@@ -103,7 +105,7 @@ class Ranking:
             "unseen": self.unseen(),
             "digest": self.digest(),
         }
-        (directory / NOTES).write_text(json.dumps(notes, indent=1) + "\n")
+        write_object(directory / NOTES, notes)
 
     @classmethod
     def load(cls, directory: Path) -> Ranking:
@@ -113,12 +115,14 @@ class Ranking:
             if not (directory / name).is_file():
                 raise UserError(f"{directory / name} is missing; {remedy}")
         try:
-            tensors = load_file(directory / TENSORS)
-            notes = json.loads((directory / NOTES).read_text())
-            ranking = cls._of(tensors, notes)
-        except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as e:
+            notes = read_object(directory / NOTES, remedy, remedy)
+            open_regular(directory / TENSORS).close()
+            ranking = cls._of(load_file(directory / TENSORS), notes)
+        except UserError:
+            raise
+        except (SafetensorError, OSError) as e:
             raise UserError(f"the ranking in {directory} is damaged ({e}); {remedy}") from None
-        except (KeyError, TypeError, AttributeError, ValueError) as e:
+        except (LookupError, TypeError, AttributeError, ValueError) as e:
             raise UserError(
                 f"the ranking in {directory} is damaged ({type(e).__name__}: {e}); {remedy}"
             ) from None
@@ -136,10 +140,10 @@ class Ranking:
             scores=parts["score"],
             orders=parts["order"],
             tokens={int(k.split(".")[1]): v for k, v in parts["tokens"].items()},
-            layer_types=notes["layer_types"],
-            token_count=notes["tokens"],
+            layer_types=check_pattern(notes["layer_types"], "layer_types"),
+            token_count=whole_number(notes["tokens"], "tokens", 0, 1 << 62),
             data_digest=notes["data_digest"],
-            versions=notes["versions"],
+            versions=section(notes["versions"], "versions"),
         )
 
 

@@ -5,7 +5,6 @@ Keys are ``{axis}.score`` for the axes that the whole model shares (``hidden_siz
 [experts, channels]: channels are ranked inside each expert, so their sorted scores are averaged over experts.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from elastic_megatron.errors import UserError
+from elastic_megatron.files.json_files import read_object
+from elastic_megatron.files.reading import open_regular
 from elastic_megatron.report.format import AXIS_TITLES, LAYER_NAMES
 
 NEGLECTED = 0.1
@@ -65,15 +66,21 @@ def read_ranking(path: Path) -> Ranking | None:
     if not path.is_file():
         return None
     try:
+        open_regular(path).close()
         tensors = load_file(path)
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is not a safetensors file ({error}); run `rank` again") from error
-    notes_path = path.with_suffix(".json")
-    try:
-        notes = json.loads(notes_path.read_text(encoding="utf-8")) if notes_path.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{notes_path} is not valid JSON ({error}); run `rank` again") from error
-    return arrange(tensors, str(notes.get("layer_types") or ""), notes.get("tokens"))
+    except UserError:
+        raise
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        KeyError,
+    ) as error:  # KeyError: a dtype that numpy has none for
+        raise UserError(f"{path} is not a safetensors file of numbers ({error}); run `rank` again") from error
+    notes_path, again = path.with_suffix(".json"), "run `rank` again"
+    notes = read_object(notes_path, again, again) if notes_path.exists() else {}
+    tokens = notes.get("tokens")
+    return arrange(tensors, str(notes.get("layer_types") or ""), tokens if isinstance(tokens, int) else None)
 
 
 def arrange(tensors: dict[str, np.ndarray], layer_types: str, tokens: int | None) -> Ranking:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from .axes import axis
+from .stated import MOST_EXPERTS, MOST_LAYERS, check_pattern, check_sizes, listed, shown, whole_number
 
 SYMBOLS = "M*E-"
 
@@ -106,7 +107,8 @@ class ParentShape:
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        pattern = self.hybrid_layer_pattern
+        pattern = check_pattern(self.hybrid_layer_pattern, "hybrid_layer_pattern")
+        check_sizes(vars(self))
         if not pattern or (bad := sorted(set(pattern) - set(SYMBOLS))):
             what = f"unknown layer symbols {''.join(bad)!r}" if pattern else "no layers"
             raise UserError(
@@ -127,6 +129,11 @@ class ParentShape:
         if self.moe_router_topk > self.num_moe_experts:
             raise UserError(
                 f"moe_router_topk={self.moe_router_topk} exceeds num_moe_experts={self.num_moe_experts}"
+            )
+        if pattern.count("E") * self.num_moe_experts > MOST_EXPERTS:
+            raise UserError(
+                f"num_moe_experts={self.num_moe_experts} in {pattern.count('E')} layers are more than "
+                f"{MOST_EXPERTS} experts; no model has as many"
             )
 
     @property
@@ -178,28 +185,27 @@ class ParentShape:
             raise UserError(
                 f"model_type is {config.get('model_type')!r}; only 'nemotron_h' models can be read"
             )
-        types = config.get("layers_block_type") or ()
-        if unknown := sorted({str(t) for t in types} - set(_HF_LAYER_TYPES)):
-            raise UserError(
-                f"layers_block_type has unknown layer types {', '.join(unknown)}; known are "
-                f"{', '.join(_HF_LAYER_TYPES)}"
-            )
-        listed = "".join(_HF_LAYER_TYPES[t] for t in types)
-        pattern = config.get("hybrid_override_pattern") or listed
-        if listed and listed != pattern:
-            raise UserError(
-                f"it contradicts itself: hybrid_override_pattern is {pattern!r}, layers_block_type says "
-                f"{listed!r}; remove the wrong one"
-            )
+        pattern = _hf_pattern(config)
         for field, legal in _HF_ONLY.items():
             if config.get(field, legal[0]) not in legal:
                 raise UserError(
-                    f"it has {field}={config[field]!r}, which elastic models do not support yet; "
+                    f"it has {field}={shown(config[field])}, which elastic models do not support yet; "
                     "convert this model without it"
                 )
-        sizes = {name: config.get(axis(name).hf) or 0 for name in _HF_AXES}
-        sizes |= {ours: config[hf] for ours, hf in _HF_FIELDS.items() if config.get(hf) is not None}
-        if "E" in pattern and (config.get("n_shared_experts") or 0) == 0:
+        experts, again = (config.get(name) for name in ("n_routed_experts", "num_local_experts"))
+        if again is not None and again != experts:
+            raise UserError(
+                f"it contradicts itself: n_routed_experts is {shown(experts)}, num_local_experts {shown(again)}; "
+                "remove the wrong one"
+            )
+        named = {name: axis(name).hf for name in _HF_AXES} | _HF_FIELDS
+        sizes = dict.fromkeys(_HF_AXES, 0)
+        sizes |= {ours: config[hf] for ours, hf in named.items() if config.get(hf) is not None}
+        check_sizes(sizes, named)
+        shared = config.get("n_shared_experts")
+        if "E" in pattern and not whole_number(
+            0 if shared is None else shared, "n_shared_experts", 0, 1 << 16
+        ):
             sizes["moe_shared_expert_intermediate_size"] = 0
         drop = {"M": ("mamba_", "conv"), "*": ("num_attention", "num_query", "kv_"), "E": ("moe_", "num_moe")}
         for symbol, prefixes in drop.items():
@@ -230,3 +236,27 @@ class ParentShape:
         if "E" in self.hybrid_layer_pattern:
             out["n_shared_experts"] = int(self.moe_shared_expert_intermediate_size > 0)
         return out
+
+
+def _hf_pattern(config: Mapping[str, Any]) -> str:
+    """The layers that a ``config.json`` states, in either spelling. Raises ``UserError`` where two disagree."""
+    types = listed(config.get("layers_block_type") or (), "layers_block_type")
+    if unknown := sorted({str(t)[:40] for t in types if not isinstance(t, str) or t not in _HF_LAYER_TYPES}):
+        raise UserError(
+            f"layers_block_type has unknown layer types {', '.join(unknown[:5])}; known are "
+            f"{', '.join(_HF_LAYER_TYPES)}"
+        )
+    by_type = check_pattern("".join(_HF_LAYER_TYPES[t] for t in types), "layers_block_type")
+    pattern = check_pattern(config.get("hybrid_override_pattern") or by_type, "hybrid_override_pattern")
+    if by_type and by_type != pattern:
+        raise UserError(
+            f"it contradicts itself: hybrid_override_pattern is {shown(pattern)}, layers_block_type says "
+            f"{shown(by_type)}; remove the wrong one"
+        )
+    count = config.get("num_hidden_layers")
+    if count is not None and whole_number(count, "num_hidden_layers", 0, MOST_LAYERS) != len(pattern):
+        raise UserError(
+            f"it contradicts itself: num_hidden_layers is {shown(count)}, and its layers are {len(pattern)} "
+            f"({shown(pattern)}); correct the wrong one"
+        )
+    return pattern

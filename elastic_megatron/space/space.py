@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import UserError
 from .axes import AXIS_NAMES, axis
 from .parent import ParentShape
+from .stated import MOST_LAYERS, listed, section, shown, whole_number, whole_numbers
 from .submodel import SubmodelSpec
 
 GLOBAL_AXES = ("hidden_size", "num_layers")
@@ -86,6 +87,10 @@ class ElasticSpace:
             raise UserError(f"space.per_layer: {bad[0]} is one choice for the whole model; remove it there")
         if missing := [a for a in (*lanes, *granule, *per_layer) if a not in choices]:
             raise UserError(f"space: {missing[0]} has lanes, granule or per_layer but no space.choices")
+        if layer_order and sorted(layer_order) != list(range(parent.num_layers)):
+            raise UserError(
+                f"space.layer_order {shown(list(layer_order))} is no order of the {parent.num_layers} layers"
+            )
         full_lanes = {}
         for name, widths in choices.items():
             full_lanes[name] = _lanes(name, parent, lanes.get(name))
@@ -202,12 +207,19 @@ class ElasticSpace:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ElasticSpace:
+        """Inverse of ``to_dict``. Raises ``UserError`` that names what cannot be, ``KeyError`` for what is missing."""
+        section(data, "space")
+        choices, lanes = section(data["choices"], "space.choices"), section(data["lanes"], "space.lanes")
+        per_layer = listed(data["per_layer"], "space.per_layer")
+        order = whole_numbers(data["layer_order"], "space.layer_order", 0, MOST_LAYERS)
+        if odd := [axis for axis in per_layer if not isinstance(axis, str)]:
+            raise UserError(f"space.per_layer: {shown(odd[0])} is no axis")
         return cls.build(
-            ParentShape.from_dict(data["parent"]),
-            data["choices"],
-            data["lanes"],
-            per_layer=data["per_layer"],
-            layer_order=data["layer_order"],
+            ParentShape.from_dict(section(data["parent"], "space.parent")),
+            {a: whole_numbers(w, f"space.choices.{a}", 1, 1 << 40) for a, w in choices.items()},
+            {a: whole_number(n, f"space.lanes.{a}", 1, 1 << 40) for a, n in lanes.items()},
+            per_layer=per_layer,
+            layer_order=order,
         )
 
 
@@ -227,7 +239,7 @@ def _lanes(name: str, parent: ParentShape, asked: int | None) -> int:
         raise UserError(f"space.lanes.{name}={asked}: this axis is never sharded and has one lane; remove it")
     if name == "mamba_num_heads" and asked != groups:
         raise UserError(f"space.lanes.{name}={asked}: Mamba heads have one lane per SSM group ({groups})")
-    if asked % groups or parent.size(name) % asked:
+    if asked < 1 or asked % groups or parent.size(name) % asked:
         raise UserError(
             f"space.lanes.{name}={asked} must be a multiple of {groups} and divide {parent.size(name)}"
         )

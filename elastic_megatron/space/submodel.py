@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UserError
+from .axes import AXIS_NAMES
+from .stated import section, shown, whole_number, whole_numbers
 
 Width = int | tuple[int, ...]
 
@@ -57,3 +62,13 @@ class SubmodelSpec:
 
     def to_dict(self) -> dict[str, int | list[int]]:
         return {a: list(w) if isinstance(w, tuple) else w for a, w in self.widths}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SubmodelSpec:
+        """Inverse of ``to_dict``. Raises ``UserError`` for what is no axis or no width."""
+        if unknown := sorted(set(section(data, "a submodel")) - set(AXIS_NAMES)):
+            raise UserError(f"{shown(unknown[0])} is no axis")
+        for name, width in data.items():
+            check = whole_numbers if isinstance(width, list) else whole_number
+            check(width, name, 1, 1 << 40)
+        return cls.of(data)

@@ -210,7 +210,7 @@ def change(*keys: str, to: Any) -> dict[str, Any]:
     [
         (change("symbols", "M", "seconds", to=[[0.1, 0.2], [0.1, 0.2]]), "symbols.M: seconds must be nested"),
         (change("symbols", "M", "seconds", to=[0.1, 0.2, 0.3]), "symbols.M: seconds must be nested"),
-        (change("symbols", "*", "seconds", to=[0.1, -1]), "-1.0 is no time"),
+        (change("symbols", "*", "seconds", to=[0.1, -1]), "-1 is no time"),
         (change("symbols", "*", "seconds", to=[0.1, "fast"]), "damaged"),
         (change("symbols", "*", "axes", to={"hidden_size": [64, 32]}), "must ascend"),
         (change("symbols", "*", "axes", to={"width": [32, 64]}), "unknown axis 'width'"),
