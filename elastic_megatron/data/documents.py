@@ -4,131 +4,150 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerFast
-
+from elastic_megatron.data.inputs import BOM, Input, Opened, Reading, named_json_lines, refuse_nul
+from elastic_megatron.data.json_lines import LINE_LIMIT, BadLine, chat_of, text_of
 from elastic_megatron.errors import UserError
 
-JSON_LINES_SUFFIXES = (".jsonl", ".json")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_CHUNK = 1 << 20
+TEXT_LIMIT = 1 << 30
+# an archive that unpacks to so much, and to so many times its size, is no text
+_BOMB_BYTES, _BOMB_RATIO = 128 << 20, 100
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text, and the bytes of input read to get it (for progress)."""
+    """One text, the bytes of input read to get it (for progress), and where it came from: a file, or file:line."""
 
     text: str
     source_bytes: int
+    where: str
 
 
-def check_inputs(inputs: Sequence[Path], *, chat: bool) -> None:
-    """Raise ``UserError`` unless every input is a readable kind of file, before any work is done."""
-    if not inputs:
-        raise UserError("no input files; give at least one text or .jsonl file")
-    for path in inputs:
-        if path.is_dir():
-            raise UserError(f"{path}: is a directory; name its files, for example {path}/*.jsonl")
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; give a text file or a .jsonl file")
-        if chat and path.suffix not in JSON_LINES_SUFFIXES:
-            raise UserError(f'{path}: chats are read from .jsonl files, one {{"messages": [...]}} per line')
+@dataclass
+class Left:
+    """Lines or documents that were left out for one reason: how many, and where the first is."""
+
+    count: int
+    first: str
+
+
+@dataclass
+class Tally:
+    """What was left out, by reason."""
+
+    left: dict[str, Left] = field(default_factory=dict)
+
+    def add(self, reason: str, where: str) -> None:
+        self.left.setdefault(reason, Left(0, where)).count += 1
 
 
 def read_documents(
-    inputs: Sequence[Path], *, json_key: str, chat_tokenizer: PreTrainedTokenizerFast | None
+    inputs: Sequence[Input], reading: Reading, chat_tokenizer: PreTrainedTokenizerFast | None, tally: Tally
 ) -> Iterator[Document]:
-    """Documents of ``inputs`` in order; empty ones are left out.
+    """Documents of ``inputs`` in order; empty ones are left out, and counted in ``tally``.
 
-    A ``.jsonl`` or ``.json`` file holds one JSON object per line: the text under ``json_key``, or, with
-    ``chat_tokenizer``, ``messages`` (and optionally ``tools``) rendered by its chat template. Any other
-    file is one document, read into memory whole.
+    JSON lines hold one object per line: the text under a key, or, with ``chat_tokenizer``, ``messages`` (and
+    optionally ``tools``) rendered by its chat template. They are read line by line. A text is one document, read into
+    memory whole. A byte order mark belongs to neither.
 
-    Raises ``UserError`` naming file and line for what is not UTF-8, not JSON or not of that shape.
+    Raises ``UserError`` naming file and line for what is not UTF-8, not JSON or not of that shape, and for a text
+    that is JSON as a whole; lines are left out instead, and counted, where ``reading`` says so.
     """
-    for path in inputs:
-        if path.suffix in JSON_LINES_SUFFIXES:
-            yield from _read_json_lines(path, json_key, chat_tokenizer)
-        else:
-            yield from _read_text(path)
+    for source in inputs:
+        with source.reading() as opened:
+            if source.form == "text":
+                yield from _text(source, opened, reading, tally)
+            else:
+                yield from _json_lines(source, opened, reading, chat_tokenizer, tally)
 
 
-def _read_text(path: Path) -> Iterator[Document]:
-    raw = path.read_bytes()
+def _text(source: Input, opened: Opened, reading: Reading, tally: Tally) -> Iterator[Document]:
+    raw = bytearray()
+    while part := opened.file.read(_CHUNK):
+        raw += part
+        if source.packing is not None and len(raw) > max(
+            _BOMB_BYTES, _BOMB_RATIO * (source.size or len(raw))
+        ):
+            raise UserError(
+                f"{source.path}: unpacks to more than {_BOMB_RATIO} times its size, so it is no text; give text"
+            )
+        if len(raw) > TEXT_LIMIT:
+            raise UserError(
+                f"{source.path} is larger than {TEXT_LIMIT >> 30} GiB, too much for one document; split it, or write "
+                "a JSON line for each document"
+            )
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text; convert the file to UTF-8") from error
+        raise UserError(f"{source.path}:{line}: not UTF-8 text; convert the file to UTF-8") from None
+    refuse_nul(source.path, raw)
+    if not reading.as_text:
+        _refuse_json(source, text)
     if text:
-        yield Document(text, len(raw))
+        yield Document(text, opened.consumed(), str(source.path))
+    else:
+        tally.add("empty text", str(source.path))
 
 
-def _read_json_lines(
-    path: Path, json_key: str, chat_tokenizer: PreTrainedTokenizerFast | None
+def _refuse_json(source: Input, text: str) -> None:
+    """Raise ``UserError`` where a text is one JSON object or list, which nobody wants tokenised as it is."""
+    if not text.lstrip().startswith(("{", "[")):
+        return
+    try:
+        if not isinstance(json.loads(text), dict | list):
+            return
+    except (ValueError, RecursionError):
+        return
+    raise UserError(
+        f"{source.path} is one JSON value over several lines, not text; write JSON lines with jq -c '.[]' (or jq -c "
+        ".), or give --as-text to take it as it is"
+    )
+
+
+def _json_lines(
+    source: Input,
+    opened: Opened,
+    reading: Reading,
+    chat_tokenizer: PreTrainedTokenizerFast | None,
+    tally: Tally,
 ) -> Iterator[Document]:
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            if not raw.strip():
-                continue
-            where = f"{path}:{number}"
-            record = _parse(raw, where)
-            if chat_tokenizer is None:
-                text = _text_of(record, json_key, where)
-            else:
-                text = _render_chat(record, chat_tokenizer, where)
-            _check_encodable(text, where)
-            if text:
-                yield Document(text, len(raw))
+    number, before = 0, 0
+    while line := opened.file.readline(LINE_LIMIT + 1):
+        number += 1
+        where = f"{source.path}:{number}"
+        if not line.removeprefix(BOM).strip():
+            tally.add("blank line", where)
+            continue
+        try:
+            text = text_of(line, reading.key) if chat_tokenizer is None else chat_of(line, chat_tokenizer)
+        except BadLine as error:
+            if not reading.skip_bad_lines:
+                raise UserError(f"{where}: {error}{_ways_out(source, reading)}") from None
+            tally.add(error.reason, where)
+            _to_line_end(opened, line)
+            continue
+        if not text:
+            tally.add("empty text", where)
+            continue
+        done = opened.consumed()
+        yield Document(text, done - before, where)
+        before = done
 
 
-def _parse(raw: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 text; convert the file to UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where}: not JSON ({error.msg}, column {error.colno}); each line must be one JSON object"
-        ) from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: a JSON {type(record).__name__}; each line must be one JSON object")
-    return record
+def _to_line_end(opened: Opened, line: bytes) -> None:
+    while line and not line.endswith(b"\n"):
+        line = opened.file.readline(_CHUNK)
 
 
-def _text_of(record: dict[str, Any], json_key: str, where: str) -> str:
-    if json_key not in record:
-        keys = ", ".join(sorted(record)) or "none"
-        remedy = "use --chat" if "messages" in record else "set --json-key"
-        raise UserError(f"{where}: no key '{json_key}' (keys: {keys}); {remedy}")
-    text = record[json_key]
-    if not isinstance(text, str):
-        raise UserError(f"{where}: '{json_key}' is a {type(text).__name__}, not a string; set --json-key")
-    return text
-
-
-def _render_chat(record: dict[str, Any], tokenizer: PreTrainedTokenizerFast, where: str) -> str:
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise UserError(
-            f"{where}: 'messages' must be a non-empty list of objects with 'role' and 'content'; fix the line"
-        )
-    try:
-        text = tokenizer.apply_chat_template(messages, tools=record.get("tools"), tokenize=False)
-    except Exception as error:  # templates are programs: they may raise anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{where}: the chat template of the tokenizer refuses these messages ({reason}); fix the line"
-        ) from error
-    assert isinstance(text, str)
-    return text
-
-
-def _check_encodable(text: str, where: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: half of a surrogate pair at character {error.start}; write the whole character"
-        ) from error
+def _ways_out(source: Input, reading: Reading) -> str:
+    """The other ways out: another one where the input was taken for JSON lines because it looks so."""
+    guessed = not reading.asks_json_lines and not named_json_lines(source.path)
+    other = ", --as-text takes the input as text" if guessed else ""
+    return f" (--skip-bad-lines leaves such lines out{other})"

@@ -6,21 +6,32 @@ begin (``megatron/core/datasets/indexed_dataset.py``).
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from transformers import PreTrainedTokenizerFast
 
-from elastic_megatron.data.documents import Document, check_inputs, read_documents
-from elastic_megatron.data.tokenizer import encode_batch, load_tokenizer, vocab_size
+from elastic_megatron.data.documents import Document, Tally, read_documents
+from elastic_megatron.data.inputs import Input, Reading, look_into
+from elastic_megatron.data.outputs import (
+    BYTES,
+    check_outputs,
+    check_share,
+    check_tokenizer,
+    outputs_of,
+    tokenizer_of,
+)
+from elastic_megatron.data.token_writer import PrepareReport, TokenWriter, publish
+from elastic_megatron.data.tokenizer import byte_tokenizer, encode_batch, load_tokenizer, vocab_size
 from elastic_megatron.errors import UserError
+from elastic_megatron.files.lock import beside, locked
+from elastic_megatron.files.writing import private_folder
 
 # Enough for all cores of the tokenizer to be busy, little enough to hold in memory.
 _BATCH_DOCUMENTS = 1024
@@ -28,65 +39,122 @@ _BATCH_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
-class PrepareReport:
-    """One data set on disk: ``tokens`` include the eos of each document, ``sha256`` is that of the .bin."""
+class Job:
+    """What is to be written, and how.
 
-    prefix: str
-    documents: int
-    tokens: int
-    vocab_size: int
-    dtype: str
-    sha256: str
+    Args:
+        output: prefix of the data set.
+        tokenizer: a Hugging Face directory, or ``bytes`` for the built-in one, which is saved as ``output_tokenizer``.
+        append_eos: end each document with exactly one eos.
+        valid_fraction: share of the documents that goes to ``output_valid``, the rest to ``output_train``.
+        progress: called with the bytes of input done since the last call.
+    """
+
+    output: Path
+    tokenizer: str | Path
+    reading: Reading = field(default_factory=Reading)
+    append_eos: bool = True
+    valid_fraction: float | None = None
+    progress: Callable[[int], None] | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data sets on disk, and what was left out of them, by reason."""
+
+    datasets: tuple[PrepareReport, ...]
+    tally: Tally
 
 
 def prepare(
-    inputs: Sequence[Path],
-    output: Path,
-    tokenizer_dir: Path,
-    *,
-    json_key: str = "text",
-    append_eos: bool = True,
-    chat: bool = False,
-    progress: Callable[[int], None] | None = None,
+    inputs: Sequence[Path], output: Path, tokenizer: str | Path, *, append_eos: bool = True, **reading: Any
 ) -> PrepareReport:
-    """Write all documents of ``inputs`` to ``output.bin`` and ``output.idx``.
+    """Write all documents of ``inputs`` to ``output.bin`` and ``output.idx``: ``run``, without a split.
 
-    Documents are those of ``documents.read_documents``; each is tokenised whole and, with ``append_eos``,
-    ends with exactly one eos. ``progress`` is called with the bytes of input done since the last call.
-    The files appear under their names only when complete.
-
-    Raises ``UserError`` for unreadable input, an unusable tokenizer, or nothing to write.
+    Args:
+        reading: fields of ``inputs.Reading``.
     """
-    job = _Job.start(inputs, tokenizer_dir, json_key, append_eos, chat)
-    routed = ((document, 0) for document in job.documents)
-    return job.write(routed, [output], progress)[0]
+    how = Reading(**reading)
+    return run(look_into(inputs, how), Job(output, tokenizer, how, append_eos)).datasets[0]
 
 
-def prepare_split(
-    inputs: Sequence[Path],
-    output: Path,
-    tokenizer_dir: Path,
-    *,
-    valid_fraction: float,
-    json_key: str = "text",
-    append_eos: bool = True,
-    chat: bool = False,
-    progress: Callable[[int], None] | None = None,
-) -> tuple[PrepareReport, PrepareReport]:
-    """As ``prepare``, to ``output_train`` and ``output_valid``; reports in that order.
+def run(inputs: Sequence[Input], job: Job) -> Prepared:
+    """Tokenise inputs that were looked into, each document whole.
 
     Validation takes documents at an even stride, the i-th where ``floor((i + 1) * valid_fraction)``
     exceeds ``floor(i * valid_fraction)``: the same documents whenever it is run, in one pass. A single
     document gives its tail instead, cut at a blank line, else at a line, after ``1 - valid_fraction`` of it.
 
-    Raises ``UserError`` as ``prepare``, and if either side would be empty.
+    All files appear under their names when all are complete; until then nothing of earlier ones is touched, and a
+    failure leaves nothing.
+
+    Raises ``UserError`` for unreadable input, an unusable tokenizer, nothing to write on either side, and where
+    another process prepares data of the same name.
     """
-    if not 0.0 < valid_fraction < 1.0:
-        raise UserError(f"--valid-fraction {valid_fraction}: must lie between 0 and 1; for example 0.05")
-    job = _Job.start(inputs, tokenizer_dir, json_key, append_eos, chat)
-    outputs = [Path(f"{output}_train"), Path(f"{output}_valid")]
-    train, valid = job.write(_route(job.documents, valid_fraction), outputs, progress)
-    return train, valid
+    check_share(job.valid_fraction)
+    check_tokenizer(job.tokenizer)
+    check_outputs(job.output, job.valid_fraction, job.tokenizer, inputs)
+    tokenizer, tally = _tokenizer(job), Tally()
+    documents = read_documents(inputs, job.reading, tokenizer if job.reading.chat else None, tally)
+    outputs = outputs_of(job.output, job.valid_fraction)
+    with contextlib.ExitStack() as stack:
+        for prefix in dict.fromkeys((job.output, *outputs)):
+            stack.enter_context(locked(beside(prefix), "prepare-data"))
+        folder = stack.enter_context(private_folder(job.output))
+        writers = [TokenWriter(folder, prefix, vocab_size(tokenizer)) for prefix in outputs]
+        for writer in writers:
+            stack.callback(writer.close)
+        if job.valid_fraction is None:
+            routed = ((document, 0) for document in documents)
+        else:
+            routed = _route(documents, job.valid_fraction)
+        _write(routed, writers, tokenizer, job, tally)
+        if job.tokenizer == BYTES:
+            _save(tokenizer, folder / "tokenizer", tokenizer_of(job.output))
+        return Prepared(tuple(publish(writers)), tally)
+
+
+def _tokenizer(job: Job) -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer() if job.tokenizer == BYTES else load_tokenizer(job.tokenizer)
+    if job.append_eos and tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {job.tokenizer}: has no eos token to end documents; use --no-eos")
+    if job.reading.chat and tokenizer.chat_template is None:
+        raise UserError(f"tokenizer {job.tokenizer}: has no chat template; add chat_template.jinja to it")
+    return tokenizer
+
+
+def _write(
+    routed: Iterable[tuple[Document, int]],
+    writers: Sequence[TokenWriter],
+    tokenizer: PreTrainedTokenizerFast,
+    job: Job,
+    tally: Tally,
+) -> None:
+    eos = np.array([tokenizer.eos_token_id] if job.append_eos else [], np.int32)
+    for batch in _batches(routed):
+        rows = encode_batch(tokenizer, [document.text for document, _ in batch])
+        for (document, side), ids in zip(batch, rows, strict=True):
+            if ids.size:  # a normalising tokenizer may leave nothing of a blank text
+                writers[side].add(_closed(ids, eos))
+            else:
+                tally.add("no tokens", document.where)
+        if job.progress is not None:
+            job.progress(sum(document.source_bytes for document, _ in batch))
+    for writer in writers:
+        writer.finish()
+
+
+def _closed(ids: np.ndarray, eos: np.ndarray) -> np.ndarray:
+    # A chat template may have written the eos already.
+    return ids if eos.size and ids[-1] == eos[0] else np.concatenate([ids, eos])
+
+
+def _save(tokenizer: PreTrainedTokenizerFast, written: Path, folder: Path) -> None:
+    """Put a tokenizer's directory in the place of an older one."""
+    tokenizer.save_pretrained(written)
+    if folder.exists():
+        os.rename(folder, written.with_name("replaced"))
+    os.rename(written, folder)
 
 
 def _route(documents: Iterator[Document], valid_fraction: float) -> Iterator[tuple[Document, int]]:
@@ -94,8 +162,8 @@ def _route(documents: Iterator[Document], valid_fraction: float) -> Iterator[tup
     first = list(islice(documents, 2))
     if len(first) == 1:
         head, tail = _cut_tail(first[0].text, valid_fraction)
-        yield Document(head, first[0].source_bytes), 0
-        yield Document(tail, 0), 1
+        yield replace(first[0], text=head), 0
+        yield Document(tail, 0, first[0].where), 1
         return
     for i, document in enumerate(chain(first, documents)):
         yield document, int((i + 1) * valid_fraction) - int(i * valid_fraction)
@@ -113,58 +181,6 @@ def _cut_tail(text: str, fraction: float) -> tuple[str, str]:
     return text[:target], text[target:]
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What ``prepare`` and ``prepare_split`` share: checked input, the tokenizer, the closing token."""
-
-    documents: Iterator[Document]
-    tokenizer: PreTrainedTokenizerFast
-    eos: np.ndarray
-
-    @classmethod
-    def start(
-        cls, inputs: Sequence[Path], tokenizer_dir: Path, json_key: str, append_eos: bool, chat: bool
-    ) -> _Job:
-        check_inputs(inputs, chat=chat)
-        tokenizer = load_tokenizer(tokenizer_dir)
-        if append_eos and tokenizer.eos_token_id is None:
-            raise UserError(f"tokenizer {tokenizer_dir}: has no eos token to end documents; use --no-eos")
-        if chat and tokenizer.chat_template is None:
-            raise UserError(f"tokenizer {tokenizer_dir}: has no chat template; add chat_template.jinja to it")
-        documents = read_documents(inputs, json_key=json_key, chat_tokenizer=tokenizer if chat else None)
-        return cls(documents, tokenizer, np.array([tokenizer.eos_token_id] if append_eos else [], np.int32))
-
-    def write(
-        self,
-        routed: Iterable[tuple[Document, int]],
-        outputs: Sequence[Path],
-        progress: Callable[[int], None] | None,
-    ) -> list[PrepareReport]:
-        """Tokenise ``routed`` documents into the output that each names; all outputs appear, or none."""
-        size = vocab_size(self.tokenizer)
-        writers = [_Writer(path, size) for path in outputs]
-        try:
-            for batch in _batches(routed):
-                rows = encode_batch(self.tokenizer, [document.text for document, _ in batch])
-                for (_, side), ids in zip(batch, rows, strict=True):
-                    if ids.size:  # a normalising tokenizer may leave nothing of a blank text
-                        writers[side].add(self._closed(ids))
-                if progress is not None:
-                    progress(sum(document.source_bytes for document, _ in batch))
-            for writer in writers:
-                writer.finish()
-            return [writer.publish() for writer in writers]
-        finally:
-            for writer in writers:
-                writer.discard()
-
-    def _closed(self, ids: np.ndarray) -> np.ndarray:
-        # A chat template may have written the eos already.
-        if self.eos.size and ids[-1] == self.eos[0]:
-            return ids
-        return np.concatenate([ids, self.eos])
-
-
 def _batches(routed: Iterable[tuple[Document, int]]) -> Iterator[list[tuple[Document, int]]]:
     batch: list[tuple[Document, int]] = []
     characters = 0
@@ -176,51 +192,3 @@ def _batches(routed: Iterable[tuple[Document, int]]) -> Iterator[list[tuple[Docu
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-class _Writer:
-    """One .bin/.idx pair, under temporary names beside the final ones until ``publish``."""
-
-    def __init__(self, prefix: Path, size: int) -> None:
-        self._prefix = prefix
-        self._vocab_size = size
-        self._dtype = DType.optimal_dtype(size)
-        self._temporary = f"{prefix}.tmp{os.getpid()}"
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._builder = IndexedDatasetBuilder(f"{self._temporary}.bin", dtype=self._dtype)
-        self._sha256 = hashlib.sha256()
-        self._documents = 0
-        self._tokens = 0
-
-    def add(self, ids: np.ndarray) -> None:
-        self._builder.add_item(torch.from_numpy(ids))
-        self._builder.end_document()
-        self._sha256.update(ids.astype(self._dtype).tobytes())
-        self._documents += 1
-        self._tokens += ids.size
-
-    def finish(self) -> None:
-        if not self._documents:
-            raise UserError(f"{self._prefix}: no documents to write; give more input or split it otherwise")
-        self._builder.finalize(f"{self._temporary}.idx")
-
-    def publish(self) -> PrepareReport:
-        # The .idx goes first and comes last: an interrupted overwrite leaves a missing file, not a
-        # pair whose halves disagree.
-        Path(f"{self._prefix}.idx").unlink(missing_ok=True)
-        for suffix in (".bin", ".idx"):
-            os.replace(f"{self._temporary}{suffix}", f"{self._prefix}{suffix}")
-        return PrepareReport(
-            prefix=str(self._prefix),
-            documents=self._documents,
-            tokens=self._tokens,
-            vocab_size=self._vocab_size,
-            dtype=np.dtype(self._dtype).name,
-            sha256=self._sha256.hexdigest(),
-        )
-
-    def discard(self) -> None:
-        """Remove what was not published; nothing after ``publish``."""
-        self._builder.data_file.close()  # pyright: ignore[reportAttributeAccessIssue]
-        for suffix in (".bin", ".idx"):
-            Path(f"{self._temporary}{suffix}").unlink(missing_ok=True)

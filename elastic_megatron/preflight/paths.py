@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..files.targets import nearest, writable
 from ..recipe import JobChain, PlannedJob
 from ..recipe.deploy import RECORD
 from ..recipe.elastic import LatencyBudget
@@ -28,18 +28,6 @@ def chain_folders(chain: JobChain) -> Iterator[Found]:
     for key, folder in (("run_dir", chain.run_dir), ("log_dir", chain.cluster.log_dir)):
         if folder is not None and not writable(folder):
             yield "error", f"{key} of the chain: {nearest(folder)} cannot be written to; choose another {key}"
-
-
-def nearest(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def writable(folder: Path) -> bool:
-    """Can the folder be made, or be written to?"""
-    return nearest(folder).is_dir() and os.access(nearest(folder), os.W_OK | os.X_OK)
 
 
 def _written(job: PlannedJob) -> Iterator[tuple[str, Path]]:

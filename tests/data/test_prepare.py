@@ -19,10 +19,13 @@ from tokenizers import normalizers
 
 from elastic_megatron.data import cli
 from elastic_megatron.data import prepare as prepare_module
-from elastic_megatron.data.prepare import prepare, prepare_split
+from elastic_megatron.data.inputs import Reading, look_into
+from elastic_megatron.data.prepare import Job, prepare, run
+from elastic_megatron.data.token_writer import PrepareReport
 from elastic_megatron.data.tokenizer import byte_tokenizer, encode
 from elastic_megatron.errors import UserError
 
+GOOD = b'{"text": "fine"}\n'
 TOKENIZER = byte_tokenizer()
 EOS = 2
 
@@ -31,6 +34,12 @@ def stored(prefix: Path | str) -> list[list[int]]:
     dataset = IndexedDataset(str(prefix))
     assert np.array_equal(dataset.document_indices, np.arange(len(dataset) + 1))
     return [np.asarray(dataset[i]).tolist() for i in range(len(dataset))]
+
+
+def prepare_split(
+    inputs: list[Path], output: Path, tokenizer: Path, *, valid_fraction: float
+) -> tuple[PrepareReport, ...]:
+    return run(look_into(inputs, Reading()), Job(output, tokenizer, valid_fraction=valid_fraction)).datasets
 
 
 def closed(text: str) -> list[int]:
@@ -56,7 +65,8 @@ def test_json_lines_are_stored_document_by_document(tokenizer_dir: Path, tmp_pat
 def test_batches_change_nothing(tokenizer_dir: Path, tmp_path: Path, json_lines, monkeypatch):
     source = json_lines([{"text": "x" * n} for n in range(1, 60)])
     done: list[int] = []
-    whole = prepare([source], tmp_path / "whole", tokenizer_dir, progress=done.append)
+    job = Job(tmp_path / "whole", tokenizer_dir, progress=done.append)
+    [whole] = run(look_into([source], Reading()), job).datasets
     monkeypatch.setattr(prepare_module, "_BATCH_DOCUMENTS", 4)
     monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 50)
     small = prepare([source], tmp_path / "small", tokenizer_dir)
@@ -100,7 +110,7 @@ def test_chats_go_through_the_template(tokenizer_dir: Path, tmp_path: Path, json
 
 @given(count=st.integers(2, 200), fraction=st.floats(0.01, 0.99))
 def test_split_is_even_and_loses_nothing(count: int, fraction: float):
-    documents = [prepare_module.Document(str(i), 1) for i in range(count)]
+    documents = [prepare_module.Document(str(i), 1, f"in:{i}") for i in range(count)]
     routed = list(prepare_module._route(iter(documents), fraction))
     assert [document for document, _ in routed] == documents
     sides = np.array([side for _, side in routed])
@@ -130,17 +140,18 @@ def test_one_document_is_cut_at_a_blank_line(tokenizer_dir: Path, tmp_path: Path
     assert stored(valid.prefix) == [closed("a\nb\n\n" * 4)]
 
 
-GOOD = b'{"text": "fine"}\n'
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (GOOD + b"\n{oops\n", r":3: not JSON .*column 2"),
-        (GOOD + b"[1]\n", r":2: a JSON list"),
+        (GOOD + b"[1]\n", r":2: a list in JSON"),
         (GOOD + b'{"body": "x"}\n', r":2: no key 'text' \(keys: body\); set --json-key"),
         (GOOD + b'{"messages": []}\n', r":2: no key 'text' .*use --chat"),
-        (GOOD + b'{"text": 5}\n', r":2: 'text' is a int"),
+        (GOOD + b'{"text": 5}\n', r":2: 'text' is a number"),
+        (GOOD + b'{"text": null}\n', r":2: 'text' is null"),
+        (GOOD + b'{"text": "a", "text": "b"}\n', r":2: the key 'text' is given twice"),
+        (GOOD + b'{"m": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", r":2: JSON nested too deeply"),
+        (GOOD + b"\r\n[\n", r":3: not JSON .*jq"),
         (GOOD + b'{"text": "\xff"}\n', r":2: not UTF-8"),
         (GOOD + b'{"text": "\\ud83d"}\n', r":2: half of a surrogate pair"),
         (b"", r"no documents"),
@@ -176,10 +187,8 @@ def test_bad_arguments_are_the_users_error(tokenizer_dir: Path, tmp_path: Path, 
         prepare([tmp_path / "nowhere.txt"], tmp_path / "out", tokenizer_dir)
     with pytest.raises(UserError, match="is a directory"):
         prepare([tmp_path], tmp_path / "out", tokenizer_dir)
-    with pytest.raises(UserError, match="chats are read from .jsonl"):
-        prepare(
-            [tokenizer_dir / "tokenizer.json", Path(__file__)], tmp_path / "out", tokenizer_dir, chat=True
-        )
+    with pytest.raises(UserError, match=r"test_prepare.py:1: not JSON"):
+        prepare([Path(__file__)], tmp_path / "out", tokenizer_dir, chat=True)
     with pytest.raises(UserError, match="between 0 and 1"):
         prepare_split([source], tmp_path / "out", tokenizer_dir, valid_fraction=1.0)
     with pytest.raises(UserError, match="out_valid: no documents"):
@@ -200,8 +209,8 @@ def test_an_interrupted_overwrite_leaves_no_mixed_pair(
     prepare([json_lines([{"text": "old"}])], tmp_path / "out", tokenizer_dir)
     replace = os.replace
 
-    def die_at_the_index(source: str, target: str) -> None:
-        if target.endswith(".idx"):
+    def die_at_the_index(source: Path, target: Path) -> None:
+        if target.suffix == ".idx":
             raise KeyboardInterrupt
         replace(source, target)
 
@@ -227,17 +236,8 @@ def test_command_with_built_in_tokenizer(tmp_path: Path, json_lines, capsys):
     assert [d["tokens"] for d in result["datasets"]] == [3]
     assert stored(out) == [closed("ab")[:-1], closed("c")[:-1]]
 
-    again = parse(
-        source,
-        "--output",
-        out,
-        "--tokenizer",
-        result["tokenizer"],
-        "--json-key",
-        "t",
-        "--valid-fraction",
-        0.5,
-    )
+    split = ["--json-key", "t", "--valid-fraction", 0.5]
+    again = parse(source, "--output", out, "--tokenizer", result["tokenizer"], *split)
     assert [d["documents"] for d in again.handler(again)["datasets"]] == [1, 1]
     assert "out_valid" in capsys.readouterr().out.replace("\n", "")
 
