@@ -76,6 +76,9 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="read everything back and compare it with the source"
     )
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="write numbers that are not finite, with a warning"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
@@ -98,7 +101,13 @@ def _import(args: argparse.Namespace) -> dict[str, Any] | None:
     from ..conversion import to_megatron
 
     source = open_stored(args.source)
-    report = to_megatron(source, args.destination, verify=args.verify, progress=_Progress("import"))
+    report = to_megatron(
+        source,
+        args.destination,
+        verify=args.verify,
+        allow_nonfinite=args.allow_nonfinite,
+        progress=_Progress("import"),
+    )
     return _done(args, report)
 
 
@@ -133,7 +142,7 @@ def _export_recipe(args: argparse.Namespace) -> dict[str, Any] | None:
     from ..recipe import load
     from .export_recipe import export
 
-    given = ("submodel", "elastic", "config", "dtype", "verify", "plain_order")
+    given = ("submodel", "elastic", "config", "dtype", "verify", "plain_order", "allow_nonfinite")
     if flags := [name for name in given if getattr(args, name)]:
         raise UserError(
             f"--{flags[0].replace('_', '-')} is for checkpoints; in a recipe write it into export"
@@ -142,11 +151,11 @@ def _export_recipe(args: argparse.Namespace) -> dict[str, Any] | None:
     done = export(
         recipe, max_shard_bytes=args.max_shard_size, trust=args.trust_source, progress=_Progress("export")
     )
-    if args.json:
-        return done.report.to_dict() | {"kept": [str(path) for path in done.kept]}
-    for path in done.kept:
-        print(f"{path} is there already")
-    return _done(args, done.report) if done.report.written else None
+    if not args.json:
+        for path in done.kept:
+            print(f"{path} is there already")
+    said = _done(args, done.report) if args.json or done.report.written else None
+    return None if said is None else said | {"kept": [str(path) for path in done.kept]}
 
 
 def _slice(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -177,16 +186,17 @@ def _write(
         max_shard_bytes=args.max_shard_size,
         verify=args.verify,
         trust=args.trust_source,
+        allow_nonfinite=args.allow_nonfinite,
         progress=_Progress("convert"),
     )
     return _done(args, report)
 
 
 def _done(args: argparse.Namespace, report: Report) -> dict[str, Any] | None:
+    for line in report.notes:
+        print(line, file=sys.stderr)
     if args.json:
         return report.to_dict()
-    for line in report.notes:
-        print(line)
     for path in report.written:
         print(f"wrote {path}")
     note = ", read back and equal to its source" if report.verified else ""

@@ -70,6 +70,7 @@ def export(
             max_shard_bytes=max_shard_bytes,
             verify=section.verify,
             trust=trust,
+            allow_nonfinite=section.allow_nonfinite,
             progress=progress,
         )
     return Exported(report, kept)

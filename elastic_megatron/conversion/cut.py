@@ -109,8 +109,8 @@ def widened(source: StoredModel, models: Sequence[Model]) -> Iterator[str]:
         (key, (own, wide)), *rest = found.items()
         more = f" ({len(rest)} more like it)" if rest else ""
         yield (
-            f"{key} is {_named(own)} and is stored in one with tensors that are not; it becomes {_named(wide)}, which "
-            f"loses nothing{more}"
+            f"note: {key} is {_named(own)} and is stored in one with tensors that are not; it becomes {_named(wide)}, "
+            f"which loses nothing{more}"
         )
 
 

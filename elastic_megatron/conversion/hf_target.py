@@ -31,6 +31,7 @@ from .card import model_card
 from .copy import Progress, copy, threads
 from .cut import Model, cut_model, widened
 from .disk import check_space, flush, write_errors
+from .finite import Nonfinite, Watched
 from .report import Report
 from .safetensors_shards import SafetensorsShards, nbytes
 from .verify import Comparison
@@ -63,6 +64,7 @@ def to_hf(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     verify: bool = False,
     trust: bool = False,
+    allow_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Write directories, reading the source once, in memory that does not grow with the model.
@@ -75,19 +77,22 @@ def to_hf(
         max_shard_bytes: of a safetensors file.
         verify: read everything back and compare it with the source before the directories get their names.
         trust: do not compare the source's files with their digests, where it has any.
+        allow_nonfinite: write numbers that are not finite, with a warning in the report.
         progress: called with the number of bytes read, from several threads.
 
     Raises ``UserError`` where a destination holds something or the disk is too small, for an unknown submodel or
-    one that ``nemotron_h`` cannot state, for an elastic export of a model that is not, for a damaged source.
+    one that ``nemotron_h`` cannot state, for an elastic export of a model that is not, for a damaged source, and for
+    numbers that are not finite.
     """
     plans = [_plan(source, request, dtype) for request in requests]
     check_space({p.request.directory: sum(map(nbytes, p.entries.values())) for p in plans})
     with write_errors(requests[0].directory.parent), ExitStack() as stack:
         folders = [stack.enter_context(_folder(p.request.directory)) for p in plans]
         sinks = [HFSink(folder, plan, max_shard_bytes) for folder, plan in zip(folders, plans, strict=True)]
-        models = [plan.model for plan in plans]
+        models, seen = [plan.model for plan in plans], [Nonfinite(p.request.directory) for p in plans]
         with nullcontext() if trust else _digests_compared(source.path):
-            read = copy(source, models, sinks, progress)
+            read = copy(source, models, [Watched(*pair) for pair in zip(sinks, seen, strict=True)], progress)
+        warnings = [line for found in seen if (line := found.refuse(unless=allow_nonfinite))]
         for folder, plan, sink in zip(folders, plans, sinks, strict=True):
             sink.shards.check()
             _complete(folder, plan, source)
@@ -102,7 +107,7 @@ def to_hf(
         bytes_read=read,
         bytes_written=sum(nbytes(e) for p in plans for e in p.entries.values()),
         verified=verify,
-        notes=list(widened(source, models)) if dtype is None else [],
+        notes=[*(widened(source, models) if dtype is None else ()), *warnings],
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -22,13 +22,19 @@ from ..errors import UserError
 from .copy import Progress, copy
 from .cut import Model, cut_model, widened
 from .disk import check_space, flush, write_errors
+from .finite import Nonfinite
 from .report import Report
 from .torch_dist_files import write_torch_dist
 from .verify import Comparison
 
 
 def to_megatron(
-    source: StoredModel, directory: Path, *, verify: bool = False, progress: Progress | None = None
+    source: StoredModel,
+    directory: Path,
+    *,
+    verify: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Progress | None = None,
 ) -> Report:
     """Write iteration 0 of a checkpoint, for any parallel layout, in memory that does not grow with the model.
 
@@ -39,28 +45,33 @@ def to_megatron(
     Args:
         directory: the checkpoint root; must hold no checkpoint yet.
         verify: read everything back and compare it with the source before the tracker names it.
+        allow_nonfinite: write numbers that are not finite, with a warning in the report.
         progress: called with the number of bytes read, from several threads.
 
-    Raises ``UserError`` where there is a checkpoint already, the disk is too small or cannot be written.
+    Raises ``UserError`` where there is a checkpoint already, the disk is too small or cannot be written, and for
+    numbers that are not finite.
     """
     if tracker.is_checkpoint(directory):
         raise UserError(f"{directory} holds a checkpoint already; choose another folder")
     source = dequantised(source)
     model = _one_dtype_per_key(cut_model(source))
-    dtypes = {cut.target.name: cut.dtype for cut in model.cuts}
+    dtypes, seen = {cut.target.name: cut.dtype for cut in model.cuts}, Nonfinite(directory)
 
     def rows(tensor: ModelTensor, start: int, stop: int) -> Tensor:
-        return source.rows(tensor, start, stop).to(dtypes[tensor.name])
+        found = source.rows(tensor, start, stop).to(dtypes[tensor.name])
+        seen.see(tensor, start, found)
+        return found
 
     size = sum(prod(cut.target.shape) * cut.dtype.itemsize for cut in model.cuts)
     check_space({directory: size})
-    temporary = tracker.temporary(directory, 0)
+    temporary, was_there = tracker.temporary(directory, 0), directory.exists()
     with write_errors(directory), ExitStack() as stack:
         tracker.begin(directory, 0)
-        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+        stack.callback(_remove, temporary, None if was_there else directory)
 
         tensors = [(cut.target, cut.dtype) for cut in model.cuts]
         write_torch_dist(temporary, tensors, rows, progress=progress)
+        warning = seen.refuse(unless=allow_nonfinite)
         source.manifest.write(temporary / FILE)
         if source.side_files is not None:
             copy_side_files(source.side_files, source.manifest.hf_config, temporary / "hf")
@@ -75,8 +86,16 @@ def to_megatron(
         bytes_read=size,
         bytes_written=size,
         verified=verify,
-        notes=list(widened(source, [model])),
+        notes=[*widened(source, [model]), *filter(None, [warning])],
     )
+
+
+def _remove(temporary: Path, made: Path | None) -> None:
+    """What is left of a checkpoint that was not completed, and the folder that was made for it."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    if made is not None:
+        with suppress(OSError):  # it has a checkpoint
+            made.rmdir()
 
 
 def _one_dtype_per_key(model: Model) -> Model:

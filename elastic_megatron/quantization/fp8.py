@@ -20,7 +20,7 @@ MAX = 448.0
 def scale_of(amax: Tensor) -> Tensor:
     """The fp32 scale of a tensor whose largest magnitude is ``amax``; of a tensor of zeros, as if it were 1."""
     amax = amax.float()
-    return torch.where(amax > 0, amax, torch.ones_like(amax)) / MAX
+    return torch.where(amax == 0, torch.ones_like(amax), amax) / MAX
 
 
 def codes(weight: Tensor, scale: Tensor) -> Tensor:

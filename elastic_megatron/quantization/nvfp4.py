@@ -26,7 +26,7 @@ def global_scale(amax: Tensor) -> Tensor:
     With it the largest block scale is e4m3's largest. A tensor of zeros gets the scale of one whose largest is 1.
     """
     amax = amax.float()
-    return torch.where(amax > 0, amax, torch.ones_like(amax)) / (MAX * SCALE_MAX)
+    return torch.where(amax == 0, torch.ones_like(amax), amax) / (MAX * SCALE_MAX)
 
 
 def block_scales(weight: Tensor, scale: Tensor) -> Tensor:

@@ -23,11 +23,15 @@ def quantise(form: Format, weight: Tensor, amax: Tensor, input_amax: Tensor) -> 
 
 
 def part_rows(form: Format, part: Part, weight: Tensor, amax: Tensor) -> Tensor:
-    """One of the parts that have rows, of some or all rows of a weight; ``amax`` is that of the whole weight."""
-    scale = scale_of(form, amax)
+    """One of the parts that have rows, of some or all rows of a weight; ``amax`` is that of the whole weight.
+
+    An infinite weight, which rounding would make a large one, becomes NaN: the code in FP8, in NVFP4 the scale of the
+    block.
+    """
+    scale, infinite = scale_of(form, amax), weight.isinf()
     if form is FP8:
-        return fp8.codes(weight, scale)
-    scales = nvfp4.block_scales(weight, scale)
+        return fp8.codes(weight.masked_fill(infinite, torch.nan), scale)
+    scales = nvfp4.block_scales(weight.masked_fill(infinite, torch.nan), scale)
     return scales if part.suffix == WEIGHT_SCALE else nvfp4.pack(nvfp4.codes(weight, scales, scale))
 
 

@@ -66,6 +66,10 @@ class Export(Section):
     verify: Switch = Field(
         default=True, description="Read everything back and compare it with the checkpoint."
     )
+    allow_nonfinite: Switch = Field(
+        default=False,
+        description="Write numbers that are not finite, with a warning; otherwise they are refused.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

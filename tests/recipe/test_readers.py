@@ -255,6 +255,7 @@ EXPORTS: dict[str, Case] = {
     "export.dtype": Case(run.exports, "export.dtype=bf16", file="export"),
     "export.plain_order": Case(run.exports, "export.plain_order=true", file="export"),
     "export.verify": Case(run.exports, "export.verify=false", file="export"),
+    "export.allow_nonfinite": Case(run.exports, "export.allow_nonfinite=true", file="export"),
 }
 # attention behind a Mamba layer, and no submodels: those come with a checkpoint
 QUANTISED = (
