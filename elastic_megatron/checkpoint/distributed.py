@@ -44,17 +44,18 @@ def save(
     hf_files: Path | None = None,
     amax: Mapping[str, Amax] | None = None,
     keep_last: int = 0,
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write ``iter_%07d`` and point the tracker at it; collective over all ranks.
 
     Args:
         directory: the checkpoint root.
         chunks, manifest, optimizer, state, hf_files, amax: as in ``Saver.save``.
-        keep_last: checkpoints to keep, 0 for all.
+        keep_last, check: as in ``Saver``.
 
     Raises ``UserError`` as ``Saver.save``.
     """
-    with Saver(directory, keep_last=keep_last) as saver:
+    with Saver(directory, keep_last=keep_last, check=check) as saver:
         return saver.save(
             iteration, chunks, manifest, optimizer=optimizer, state=state, hf_files=hf_files, amax=amax
         )
@@ -71,12 +72,16 @@ class Saver:
         directory: the checkpoint root.
         keep_last: checkpoints to keep, 0 for all.
         async_save: write in the background.
+        check: raises ``UserError`` where nothing may be written (any more); called on rank 0.
     """
 
-    def __init__(self, directory: Path, *, keep_last: int = 0, async_save: bool = False) -> None:
+    def __init__(
+        self, directory: Path, *, keep_last: int = 0, async_save: bool = False,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-        self.directory, self.keep_last, self.async_save = directory, keep_last, async_save
+        self.directory, self.keep_last, self.async_save, self._check = directory, keep_last, async_save, check
         self._queue = AsyncCallsQueue()
 
     def save(
@@ -113,6 +118,7 @@ class Saver:
         check_replicas(chunks)
         with same_on_all_ranks(f"{self.directory} cannot be written"):
             if _rank() == 0:
+                self._check()
                 tracker.begin(self.directory, iteration)
         torch.distributed.barrier()
         temporary = tracker.temporary(self.directory, iteration)
@@ -176,6 +182,7 @@ class Saver:
                 if hf_files is not None:
                     copy_side_files(hf_files, manifest.hf_config, temporary / "hf")
                 integrity.seal(temporary)
+                self._check()
                 tracker.publish(self.directory, iteration)
                 tracker.prune(self.directory, self.keep_last)
 

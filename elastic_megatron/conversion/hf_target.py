@@ -26,6 +26,8 @@ from ..checkpoint.safetensors_files import SafetensorsFiles
 from ..checkpoint.side_files import copy_side_files, side_files
 from ..checkpoint.stored import Entry, ModelTensor, StoredModel, stored_shapes
 from ..errors import UserError
+from ..files.lock import beside, locked
+from ..files.writing import private_folder
 from ..quantization.formats import WEIGHT
 from .card import model_card
 from .copy import Progress, copy, threads
@@ -70,7 +72,8 @@ def to_hf(
     """Write directories, reading the source once, in memory that does not grow with the model.
 
     Everything is written to hidden siblings that are renamed once all are complete, so an interruption leaves
-    no directory of these names; what a killed conversion left is removed by the next one.
+    no directory of these names; what a killed conversion left is removed by the next one. Meanwhile the
+    destinations are locked.
 
     Args:
         dtype: of the weights that are not quantised, as in ``cut_model``; ``None`` keeps each tensor's own.
@@ -80,14 +83,18 @@ def to_hf(
         allow_nonfinite: write numbers that are not finite, with a warning in the report.
         progress: called with the number of bytes read, from several threads.
 
-    Raises ``UserError`` where a destination holds something or the disk is too small, for an unknown submodel or
-    one that ``nemotron_h`` cannot state, for an elastic export of a model that is not, for a damaged source, and for
-    numbers that are not finite.
+    Raises ``UserError`` where a destination holds something, another conversion writes to it, or the disk is too
+    small, for an unknown submodel or one that ``nemotron_h`` cannot state, for an elastic export of a model that is
+    not, for a damaged source, and for numbers that are not finite.
     """
     plans = [_plan(source, request, dtype) for request in requests]
     check_space({p.request.directory: sum(map(nbytes, p.entries.values())) for p in plans})
     with write_errors(requests[0].directory.parent), ExitStack() as stack:
-        folders = [stack.enter_context(_folder(p.request.directory)) for p in plans]
+        targets = [plan.request.directory for plan in plans]
+        held = [stack.enter_context(locked(beside(t), "export")) for t in targets]
+        for target in targets:
+            _check_vacant(target)  # again: it may have been written since
+        folders = [stack.enter_context(private_folder(target)) for target in targets]
         sinks = [HFSink(folder, plan, max_shard_bytes) for folder, plan in zip(folders, plans, strict=True)]
         models, seen = [plan.model for plan in plans], [Nonfinite(p.request.directory) for p in plans]
         with nullcontext() if trust else _digests_compared(source.path):
@@ -98,8 +105,10 @@ def to_hf(
             _complete(folder, plan, source)
         if verify:
             copy(source, models, [_written(f, p) for f, p in zip(folders, plans, strict=True)], progress)
-        for folder, plan in zip(folders, plans, strict=True):
-            folder.replace(plan.request.directory)
+        for lock in held:
+            lock.check()
+        for folder, target in zip(folders, targets, strict=True):
+            folder.replace(target)
             flush(folder.parent)
     return Report(
         written=[p.request.directory for p in plans],
@@ -167,11 +176,7 @@ def _title(request: Request) -> str:
 
 
 def _check_request(request: Request, source: StoredModel) -> None:
-    directory = request.directory
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(
-            f"{directory} already exists and is not empty; choose another destination or remove it"
-        )
+    _check_vacant(request.directory)
     if (request.elastic or request.submodel is not None) and source.manifest.space is None:
         raise UserError(
             f"{source.path} is not elastic and has no submodels (it has no elastic_config.json, or one without a "
@@ -179,6 +184,13 @@ def _check_request(request: Request, source: StoredModel) -> None:
         )
     if request.elastic and request.plain_order:
         raise UserError("--elastic keeps the stored order, which --plain-order undoes; choose one of them")
+
+
+def _check_vacant(directory: Path) -> None:
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(
+            f"{directory} already exists and is not empty; choose another destination or remove it"
+        )
 
 
 def _quantised(source: StoredModel, model: Model) -> Quantised | None:
@@ -249,18 +261,6 @@ def _digests_compared(folder: Path) -> Iterator[None]:
             raise
         for future in found:
             future.result()
-
-
-@contextmanager
-def _folder(directory: Path) -> Iterator[Path]:
-    """A hidden sibling to write to; gone afterwards, unless it was renamed."""
-    partial = directory.parent / f".{directory.name}.incomplete"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _complete(folder: Path, plan: _Plan, source: StoredModel) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..checkpoint.stored import ModelTensor, StoredModel
 from ..checkpoint.torch_dist import open_torch_dist
 from ..checkpoint.torch_dist_names import dist_pieces
 from ..errors import UserError
+from ..files.lock import locked, within
 from .copy import Progress, copy
 from .cut import Model, cut_model, widened
 from .disk import check_space, flush, write_errors
@@ -48,11 +49,10 @@ def to_megatron(
         allow_nonfinite: write numbers that are not finite, with a warning in the report.
         progress: called with the number of bytes read, from several threads.
 
-    Raises ``UserError`` where there is a checkpoint already, the disk is too small or cannot be written, and for
-    numbers that are not finite.
+    Raises ``UserError`` where there is a checkpoint already, another command writes to the folder, the disk is too
+    small or cannot be written, and for numbers that are not finite.
     """
-    if tracker.is_checkpoint(directory):
-        raise UserError(f"{directory} holds a checkpoint already; choose another folder")
+    _check_vacant(directory)
     source = dequantised(source)
     model = _one_dtype_per_key(cut_model(source))
     dtypes, seen = {cut.target.name: cut.dtype for cut in model.cuts}, Nonfinite(directory)
@@ -64,10 +64,12 @@ def to_megatron(
 
     size = sum(prod(cut.target.shape) * cut.dtype.itemsize for cut in model.cuts)
     check_space({directory: size})
-    temporary, was_there = tracker.temporary(directory, 0), directory.exists()
+    temporary = tracker.temporary(directory, 0)
     with write_errors(directory), ExitStack() as stack:
+        lock = stack.enter_context(locked(within(directory), "import"))
+        _check_vacant(directory)  # again: it may have been written since
         tracker.begin(directory, 0)
-        stack.callback(_remove, temporary, None if was_there else directory)
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
 
         tensors = [(cut.target, cut.dtype) for cut in model.cuts]
         write_torch_dist(temporary, tensors, rows, progress=progress)
@@ -79,6 +81,7 @@ def to_megatron(
             copy(source, [model], [Comparison(open_torch_dist(temporary, source.manifest, None))], progress)
         flush(temporary / FILE)
         integrity.seal(temporary)
+        lock.check()
         tracker.publish(directory, 0)
     return Report(
         written=[directory],
@@ -90,14 +93,6 @@ def to_megatron(
     )
 
 
-def _remove(temporary: Path, made: Path | None) -> None:
-    """What is left of a checkpoint that was not completed, and the folder that was made for it."""
-    shutil.rmtree(temporary, ignore_errors=True)
-    if made is not None:
-        with suppress(OSError):  # it has a checkpoint
-            made.rmdir()
-
-
 def _one_dtype_per_key(model: Model) -> Model:
     """The experts of a layer are stacked in one tensor of the files, which has one dtype."""
     found: dict[str, torch.dtype] = {}
@@ -106,3 +101,8 @@ def _one_dtype_per_key(model: Model) -> Model:
             found[piece.key] = torch.promote_types(found.get(piece.key, cut.dtype), cut.dtype)
     cuts = [replace(cut, dtype=found[dist_pieces(cut.target)[0].key]) for cut in model.cuts]
     return replace(model, cuts=cuts)
+
+
+def _check_vacant(directory: Path) -> None:
+    if tracker.is_checkpoint(directory):
+        raise UserError(f"{directory} holds a checkpoint already; choose another folder")

@@ -20,7 +20,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO
+from types import TracebackType
+from typing import BinaryIO, Self
 
 from ..errors import UserError
 from .owner import NOBODY, STALE, Owner, alive, myself, read, stamp_of
@@ -34,10 +35,11 @@ _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
 class Held:
-    """A lock that this process holds."""
+    """A lock that this process holds; ``lost`` once it was missed, which is looked for every few seconds."""
 
     def __init__(self, file: Path, owner: Owner, made: Sequence[Path] = ()) -> None:
         self.file, self.owner, self._made = file, owner, made
+        self.lost = False
         self._over = threading.Event()
         threading.Thread(target=self._beat, daemon=True, name=f"lock {file}").start()
 
@@ -60,6 +62,18 @@ class Held:
                 f"{self.file} was taken over by {found}; this process was taken for dead and writes nothing more"
             )
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if isinstance(error, Exception) and type(error) is not UserError:
+                self.check()  # a folder that is gone explains what went wrong
+        finally:
+            self.release()
+
     def release(self) -> None:
         """Give the lock back, if it is still ours, and folders that were made for it and are empty.
 
@@ -76,9 +90,13 @@ class Held:
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT):
-            with contextlib.suppress(UserError, OSError):
+            try:
                 self.check()  # or another's lock would look alive
                 os.utime(self.file)
+            except UserError:
+                self.lost = True
+            except OSError:
+                pass
 
 
 @contextlib.contextmanager
@@ -90,14 +108,11 @@ def locked(file: Path, command: str, patience: float = 0.0) -> Iterator[Held]:
         command: what the owner does, for whoever finds the lock.
         patience: seconds to wait for somebody who holds it.
 
-    Raises ``UserError`` that names the owner where somebody else holds it, and ``OSError`` that names the folder where
-    it cannot be written to.
+    Raises ``UserError`` that names the owner where somebody else holds it, or, in place of whatever went wrong in the
+    block, where the lock is gone; and ``OSError`` that names the folder where it cannot be written to.
     """
-    held = acquire(file, command, patience)
-    try:
+    with acquire(file, command, patience) as held:
         yield held
-    finally:
-        held.release()
 
 
 def within(folder: Path) -> Path:

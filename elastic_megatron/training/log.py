@@ -13,6 +13,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..files.writing import write_text
+
 
 class RunLog:
     """Writes ``metrics.jsonl`` and TensorBoard events; shows a bar on a terminal and plain lines elsewhere.
@@ -132,9 +134,7 @@ def _truncate(path: Path, resumed_at: int) -> None:
         step = line.get("step", next((v.get("step", 0) for v in line.values() if isinstance(v, dict)), 0))
         if step <= resumed_at:
             kept.append(text)
-    temporary = path.with_suffix(".incomplete")
-    temporary.write_text("".join(f"{text}\n" for text in kept))
-    temporary.replace(path)
+    write_text(path, "".join(f"{text}\n" for text in kept))
 
 
 def _tensorboard(folder: Path) -> Any:

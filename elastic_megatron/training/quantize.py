@@ -13,7 +13,6 @@ from torch import nn
 from ..blocks import build_chunks, forward_only, running
 from ..blocks.forward import Batch
 from ..checkpoint import distributed, tracker
-from ..checkpoint.agreement import same_on_all_ranks
 from ..checkpoint.amax import Amax, amax_of
 from ..checkpoint.hf_quantised import Quantised
 from ..checkpoint.manifest import FILE, Manifest
@@ -22,7 +21,7 @@ from ..checkpoint.resolve import budgets
 from ..checkpoint.source import Source
 from ..errors import UserError
 from ..ops.mix import SubmodelMix
-from ..recipe import Recipe, dump
+from ..recipe import Recipe
 from ..space import ElasticSpace, SubmodelSpec
 from .batches import eval_batch_size, eval_windows
 from .build import bare_model, build_teacher, linears, moe_overrides
@@ -31,6 +30,7 @@ from .datasets import check_files, dataset
 from .distill import DistilledChunk
 from .evaluate import evaluate
 from .family import family_of, parent_source
+from .held_folder import HeldFolder, held_folder
 from .log import RunLog
 from .quantizers import QuantisedLinears, Rounding
 from .start import start_whole_stages
@@ -50,6 +50,16 @@ class Calibrated:
     main: bool
 
 
+@dataclass(frozen=True)
+class Quantizable:
+    """The model that a recipe quantises, with the submodels that calibration goes through, and how it is stored."""
+
+    source: Source
+    family: Mapping[str, SubmodelSpec]
+    quantised: Quantised
+    main: bool
+
+
 def quantize(recipe: Recipe) -> Calibrated:
     """Quantise the recipe's model, on all ranks of the world together, and save it as step 0 of the run.
 
@@ -60,22 +70,31 @@ def quantize(recipe: Recipe) -> Calibrated:
     Where that was done before, nothing is. Raises ``UserError`` for recipes that cannot run here, and where the run
     folder holds another model.
     """
+    found = quantizable(recipe)
+    with held_folder(recipe.run_dir, "quantize") as folder:
+        return quantize_into(folder, recipe, found)
+
+
+def quantizable(recipe: Recipe) -> Quantizable:
+    """What a recipe quantises, on all ranks, which are joined. Raises ``UserError`` as ``quantize``."""
     _check(recipe)
-    source, root = parent_source(recipe), recipe.run_dir / "checkpoints"
+    source = parent_source(recipe)
     manifest = source.manifest
     if source.inputs is not None:
         raise UserError(f"{source.path} is quantised already; name the checkpoint that it was made from")
     family, quantised = family_of(recipe, manifest), quantised_as(recipe, manifest)
-    saved = tracker.newest(root)
     main = start_whole_stages(recipe, manifest.shape, manifest.space, family.values()).rank == 0
-    if saved is not None:
+    return Quantizable(source, family, quantised, main)
+
+
+def quantize_into(folder: HeldFolder, recipe: Recipe, found: Quantizable) -> Calibrated:
+    """As ``quantize``, in a run folder that is held."""
+    root = recipe.run_dir / "checkpoints"
+    if (saved := tracker.newest(root)) is not None:
         rounding_of(recipe, saved)
-        return Calibrated(root, None, main)
-    with same_on_all_ranks(f"{recipe.run_dir} cannot be written"):
-        if main:
-            recipe.run_dir.mkdir(parents=True, exist_ok=True)
-            (recipe.run_dir / "recipe.yaml").write_text(dump(recipe))
-    return _quantize(recipe, source, family, quantised, main)
+        return Calibrated(root, None, found.main)
+    folder.describe(recipe)
+    return _quantize(folder, recipe, found)
 
 
 def quantised_as(recipe: Recipe, manifest: Manifest) -> Quantised:
@@ -108,14 +127,9 @@ def _check(recipe: Recipe) -> None:
     check_files(recipe)
 
 
-def _quantize(
-    recipe: Recipe,
-    source: Source,
-    family: Mapping[str, SubmodelSpec],
-    quantised: Quantised,
-    main: bool,
-) -> Calibrated:
+def _quantize(folder: HeldFolder, recipe: Recipe, given: Quantizable) -> Calibrated:
     """Build, calibrate, judge and save, on ranks that have been joined."""
+    source, family, quantised, main = given.source, given.family, given.quantised, given.main
     manifest, settings, root = source.manifest, recipe.quantize, recipe.run_dir / "checkpoints"
     assert settings is not None
     space = manifest.space
@@ -145,8 +159,9 @@ def _quantize(
         manifest, budgets=budgets(recipe) or manifest.budgets, quantised=quantised, versions=versions()
     )
     distributed.save(
-        root, 0, chunks, left, state={"step": 0, "tokens": 0}, hf_files=source.hf_files, amax=amax
-    )
+        root, 0, chunks, left, state={"step": 0, "tokens": 0}, hf_files=source.hf_files, amax=amax,
+        check=folder.check,
+    )  # fmt: skip
     return Calibrated(root, unseen, main)
 
 

@@ -15,15 +15,17 @@ from ..checkpoint import distributed
 from ..checkpoint.agreement import same_on_all_ranks
 from ..checkpoint.resolve import elastic_space
 from ..checkpoint.sort import sort_model, sort_space
+from ..checkpoint.source import Source
 from ..cost.layout import check_sequence
 from ..errors import UserError
 from ..importance import Ranking, collect
 from ..importance.depth import squared_error
-from ..recipe import Recipe, dump
+from ..recipe import Recipe
 from ..space import ElasticSpace
 from .calibration import CalibrationData, shown
 from .datasets import dataset
 from .family import DTYPES, parent_source
+from .held_folder import HeldFolder, held_folder
 from .start import start_whole_stages
 from .versions import versions
 
@@ -58,6 +60,12 @@ def rank(recipe: Recipe) -> Ranked:
     space = elastic_space(recipe, source.manifest)
     assert space is not None
     main = start_whole_stages(recipe, space.parent, space).rank == 0
+    with held_folder(recipe.run_dir, "rank") as folder:
+        return _rank(recipe, source, space, folder, main)
+
+
+def _rank(recipe: Recipe, source: Source, space: ElasticSpace, folder: HeldFolder, main: bool) -> Ranked:
+    """Build, score, sort and save, on ranks that have been joined."""
     settings = recipe.rank
     samples = dataset(recipe, recipe.data.train, seq_length=settings.seq_length, num_samples=settings.samples)
     how = {"dtype": DTYPES[recipe.model.dtype], "moe_token_dispatcher_type": recipe.parallel.dispatcher}
@@ -66,13 +74,14 @@ def rank(recipe: Recipe) -> Ranked:
     ranking, error = sort_by_importance(recipe, chunks, space, samples, show=main)
     with same_on_all_ranks(f"{recipe.run_dir} cannot be written"):
         if main:
+            folder.check()
             ranking.save(recipe.run_dir)
-            (recipe.run_dir / "recipe.yaml").write_text(dump(recipe))
+    folder.describe(recipe)
     manifest = replace(
         source.manifest, space=sort_space(space, ranking), ranking=ranking.digest(), versions=versions()
     )
     root = recipe.run_dir / "checkpoints"
-    distributed.save(root, 0, chunks, manifest, hf_files=source.hf_files)
+    distributed.save(root, 0, chunks, manifest, hf_files=source.hf_files, check=folder.check)
     return Ranked(root, ranking, error, main)
 
 

@@ -45,7 +45,11 @@ class StopSignal:
     def _handle(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = self.received or signal.Signals(number)
+        self.ask(signal.Signals(number))
+
+    def ask(self, number: signal.Signals) -> None:
+        """As if the signal had been received."""
+        self.received = self.received or number
 
     def flags(self) -> list[float]:
         """One for each signal of ``HANDLED``: 1 for the one that was received."""

@@ -18,7 +18,7 @@ from ..checkpoint.resolve import budgets, elastic_space
 from ..checkpoint.source import Source
 from ..errors import UserError
 from ..ops.mix import SubmodelMix
-from ..recipe import Recipe, dump
+from ..recipe import Recipe
 from ..router.table import router_line
 from ..space import ElasticSpace, SubmodelSpec
 from .batches import Batches, eval_batch_size, eval_windows
@@ -27,8 +27,9 @@ from .curriculum import Curriculum, LearningRate
 from .datasets import check_files
 from .evaluate import evaluate
 from .family import family_of, parent_source
+from .held_folder import HeldFolder, held_folder
 from .log import RunLog
-from .quantize import quantize, rounding_of
+from .quantize import quantizable, quantize_into, rounding_of
 from .quantizers import Rounding
 from .signals import StopSignal
 from .start import start
@@ -63,17 +64,18 @@ def train(recipe: Recipe) -> Outcome:
     """
     _check(recipe)
     check_files(recipe)
-    if recipe.quantize is not None and tracker.newest(recipe.run_dir / "checkpoints") is None:
-        quantize(recipe)
-    saved = tracker.newest(recipe.run_dir / "checkpoints")
     source = parent_source(recipe)
     space, widths = elastic_space(recipe, source.manifest) if recipe.budgets else None, None
     if recipe.router_frozen:
         space, widths = source.manifest.space, family_of(recipe, source.manifest).values()
     main = start(recipe, source.manifest.shape, space, widths).rank == 0
     # from here on ranks wait for each other, so that they must leave together
-    with StopSignal() as stop:
-        return _train(recipe, source, space, saved, stop, main)
+    with held_folder(recipe.run_dir, "train") as folder:
+        if recipe.quantize is not None and tracker.newest(recipe.run_dir / "checkpoints") is None:
+            quantize_into(folder, recipe, quantizable(recipe))
+            start(recipe, source.manifest.shape, space, widths)
+        with StopSignal() as stop:
+            return _train(recipe, source, space, folder, stop, main)
 
 
 def _check(recipe: Recipe) -> None:
@@ -87,11 +89,12 @@ def _train(
     recipe: Recipe,
     source: Source,
     space: ElasticSpace | None,
-    saved: Path | None,
+    folder: HeldFolder,
     stop: StopSignal,
     main: bool,
 ) -> Outcome:
     """Build, load and run, on ranks that have been joined."""
+    saved = tracker.newest(recipe.run_dir / "checkpoints")
     rounding = rounding_of(recipe, saved) if recipe.quantize is not None and saved is not None else None
     cache = open_teacher_cache(recipe, source)
     model = build_student(recipe, source, space, build_teacher(recipe, source), rounding)
@@ -106,31 +109,29 @@ def _train(
         versions=versions(),
         quantised=rounding.quantised if rounding is not None else None,
     )
-    if main:
-        recipe.run_dir.mkdir(parents=True, exist_ok=True)
-        (recipe.run_dir / "recipe.yaml").write_text(dump(recipe))
+    folder.describe(recipe)
     checkpoint = recipe.checkpoint
     with RunLog(
         recipe.run_dir, title=recipe.name, total=recipe.last_step, resumed_at=first,
         interval=recipe.log.interval, tensorboard=recipe.log.tensorboard, active=main,
     ) as log, distributed.Saver(
-        recipe.run_dir / "checkpoints", keep_last=checkpoint.keep_last, async_save=checkpoint.async_save
+        recipe.run_dir / "checkpoints", keep_last=checkpoint.keep_last, async_save=checkpoint.async_save,
+        check=folder.check,
     ) as saver:  # fmt: skip
-        return _Run(recipe, curriculum, model, manifest, source, saver, log, stop, rounding, cache).steps(
-            first
-        )
+        run = _Run(recipe, curriculum, model, manifest, source, folder, saver, log, stop, rounding, cache)
+        return run.steps(first)
 
 
 class _Run:
     """The loop: one optimiser step after another, with evaluation, checkpoints and logs at their intervals."""
 
     def __init__(self, recipe: Recipe, curriculum: Curriculum, model: Model, manifest: Manifest,
-                 source: Source, saver: distributed.Saver, log: RunLog, stop: StopSignal,
+                 source: Source, folder: HeldFolder, saver: distributed.Saver, log: RunLog, stop: StopSignal,
                  rounding: Rounding | None, cache: TeacherCache | None) -> None:  # fmt: skip
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         self.recipe, self.curriculum, self.model, self.log, self.stop = recipe, curriculum, model, log, stop
-        self.manifest, self.source, self.saver = manifest, source, saver
+        self.manifest, self.source, self.folder, self.saver = manifest, source, folder, saver
         self.rounding = rounding
         self.forward_backward = get_forward_backward_func()
         self.groups = runtime.groups()
@@ -155,6 +156,8 @@ class _Run:
             return self._interrupted(asked, first, "stopped before the first step")
         self.batches.check_known(first, total)
         for step in range(first, total):
+            if self.folder.lost:
+                self.stop.ask(signal.SIGTERM)  # all ranks go to save, where they are told together
             asked = self._one_step(step, rates.set(step))
             self.saver.poll()
             done = step + 1

@@ -23,6 +23,7 @@ from elastic_megatron.checkpoint.stored import Memory, in_memory, model_tensors
 from elastic_megatron.conversion import Request, to_hf
 from elastic_megatron.data.tokenizer import byte_tokenizer
 from elastic_megatron.errors import UserError
+from elastic_megatron.files.writing import private_name
 from elastic_megatron.ops.locate import locate
 from elastic_megatron.space import ElasticSpace, ParentShape, SubmodelSpec, stored_order
 
@@ -240,8 +241,9 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, stop: type[BaseExc
 
 
 def test_what_a_killed_export_left_is_swept_away(tmp_path: Path) -> None:
-    (tmp_path / ".m.incomplete").mkdir()
-    (tmp_path / ".m.incomplete/old.safetensors").write_bytes(b"junk")
+    left = private_name(tmp_path / "m")
+    left.mkdir()
+    (left / "old.safetensors").write_bytes(b"junk")
     (tmp_path / "m").mkdir()  # an empty destination is taken
     write_hf(tmp_path / "m", manifest(), random_state(parent()).items())
     assert [p.name for p in tmp_path.iterdir()] == ["m"]

@@ -122,9 +122,11 @@ def test_kill_9_leaves_nothing_that_looks_finished_and_the_same_command_finishes
             child.join(60)
         assert child.exitcode == -9
         finished = [p for p in tmp_path.rglob("*") if p.name in ("config.json", tracker.TRACKER)]
-        assert not [p for p in finished if ".incomplete" not in str(p)]
+        hidden = (".partial", ".incomplete")
+        assert not [p for p in finished if not any(name in str(p) for name in hidden)]
     done(*arguments, "--verify")
-    assert not list(tmp_path.rglob("*.incomplete"))
+    assert {p.name for p in tmp_path.iterdir()} - {"out"} == {f"begun{i}" for i in range(6)}
+    assert not list((tmp_path / "out").glob(".*"))
     if command == "import":
         done("export", tmp_path / "out", tmp_path / "hf", "--elastic")
         assert content(tmp_path / "hf") == content(story.root / "elastic_hf")

@@ -163,7 +163,9 @@ def test_run_folder_is_laid_out_as_designed(story: Story) -> None:
     for folder in checkpoints.glob("iter_*"):
         assert Manifest.read(folder / "elastic.json").submodels.keys() == set(SUBMODELS)
         assert (folder / "hf" / "tokenizer.json").exists()
-    assert not list(story.root.rglob("*.incomplete")) and not list(story.root.rglob(".*incomplete*"))
+    assert {p.name for p in story.root.rglob("*") if p.name[0] == "." or p.suffix == ".incomplete"} == {
+        ".metadata"
+    }
     assert (run_dir / "report.html").exists()
     ranked = story.root / "runs" / "rank"
     assert (ranked / "ranking.safetensors").exists() and (ranked / "ranking.json").exists()
