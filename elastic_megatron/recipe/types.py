@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 from elastic_megatron.space.axes import AXIS_NAMES
-from elastic_megatron.space.stated import name_pattern
 
 if TYPE_CHECKING:
     Axis = str
@@ -152,6 +151,11 @@ def _integral(value: object) -> object:
     return int(value) if isinstance(value, float) and whole else value
 
 
+def _name_pattern(punctuation: str) -> str:
+    """Names that are safe in paths: letters, digits and `punctuation`, a letter or digit first."""
+    return rf"^[A-Za-z0-9][A-Za-z0-9{re.escape(punctuation)}]{{0,99}}$"
+
+
 def _name(pattern: str, allowed: str) -> Callable[[str], str]:
     def check(value: str) -> str:
         if not re.fullmatch(pattern, value):
@@ -166,7 +170,7 @@ def _name(pattern: str, allowed: str) -> Callable[[str], str]:
 FilePath = Annotated[Path, BeforeValidator(absolute)]
 EnvText = Annotated[str, BeforeValidator(expanded), Field(min_length=1)]
 Duration = Annotated[str, BeforeValidator(_duration)]
-_NAME, _KEY = name_pattern("_-."), name_pattern("_-")
+_NAME, _KEY = _name_pattern("_-."), _name_pattern("_-")
 Name = Annotated[str, AfterValidator(_name(_NAME, "_ - .")), Field(json_schema_extra={"pattern": _NAME})]
 # A name that is also a key: a dot would be read as a step of a `key.key=value` override.
 Key = Annotated[str, AfterValidator(_name(_KEY, "_ -")), Field(json_schema_extra={"pattern": _KEY})]

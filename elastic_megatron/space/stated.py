@@ -90,20 +90,16 @@ def section(values: Any, name: str) -> Mapping[str, Any]:
     return values
 
 
-def name_pattern(punctuation: str) -> str:
-    """Names that are safe in paths: letters, digits and ``punctuation``, a letter or digit first; 100 at most."""
-    return rf"^[A-Za-z0-9][A-Za-z0-9{re.escape(punctuation)}]{{0,99}}$"
-
-
-_NAME = re.compile(name_pattern("_-."))
+# recipes are stricter; what is read here may have been named by anybody
+_NAME = re.compile(r"[^\W_][^/\\]{0,99}")
 
 
 def checked_name(name: Any, what: str) -> str:
     """A name that becomes part of a path. Raises ``UserError`` where it could lead elsewhere."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or not name.isprintable():
         raise UserError(
-            f"{shown(name)} is no name of a {what}: up to 100 letters, digits or _ - . are one, the first a letter or "
-            "digit"
+            f"{shown(name)} is no name of a {what}: up to 100 characters without / and \\ are one, the first a letter "
+            "or digit"
         )
     return name
 

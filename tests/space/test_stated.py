@@ -139,7 +139,7 @@ def test_budgets_are_finite_and_known() -> None:
 
 
 def test_names_cannot_lead_elsewhere() -> None:
-    for name in ("6b", "half_v1.2-x", "A" * 100):
+    for name in ("6b", "half_v1.2-x", "hidden_size=48", "A" * 100):
         assert checked_name(name, "submodel") == name
     for name in (
         "",
@@ -150,11 +150,10 @@ def test_names_cannot_lead_elsewhere() -> None:
         "a/b",
         "/a",
         "a\\b",
-        "a b",
         "a\n",
         "\0",
         "A" * 101,
-        "é",
+        "~x",
         None,
         3,
         ["a"],
