@@ -45,7 +45,7 @@ def read_bytes(path: Path, limit: int = TEXT_LIMIT) -> bytes:
         data = f.read(limit + 1)
     if len(data) > limit:
         raise UserError(
-            f"{path} is larger than {limit >> 20} MiB, which no file of its kind is; give the right one"
+            f"{path} is larger than {limit >> 10} KiB, which no file of its kind is; give the right one"
         )
     return data
 

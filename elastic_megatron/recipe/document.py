@@ -75,7 +75,13 @@ class Node:
         return node
 
 
+# What nobody writes by hand: a short text can stand for any number of values, by aliases of aliases.
+MOST_VALUES = 10_000
+DEEPEST = 40
+_LONGEST_KEY = 200
+
 _TAG = "tag:yaml.org,2002:"
+_COLLECTIONS = (f"{_TAG}map", f"{_TAG}seq")
 _CORE_SCHEMA = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -119,7 +125,7 @@ def _scalar(node: yaml.ScalarNode) -> Scalar:
     text: str = node.value
     kind = node.tag.removeprefix(_TAG)
     if kind not in _READ:
-        raise ValueError(f"not valid YAML: tag {node.tag!r} is not allowed here")
+        raise ValueError(f"not valid YAML: tag {_short(node.tag)} is not allowed here")
     try:
         value = _READ[kind](text)
     except (ValueError, KeyError):
@@ -164,13 +170,15 @@ class Reader:
     ) -> None:
         self._where, self._base, self._problems, self._layer = where, base, problems, layer
         self._open: list[yaml.Node] = []
+        self._values = 0
 
     def read(self, text: str) -> Node | None:
         """The tree of `text` (an empty text is null), or None after a syntax error."""
         start = Mark(self._where(1, 1), self._base, self._layer)
         try:
             root = _Loader(text).get_single_node()
-            return Node(None, start) if root is None else self._node(root, start)
+            found = Node(None, start) if root is None else self._node(root, start)
+            return found if self._values <= MOST_VALUES else None
         except RecursionError:
             self._problems.append(f"{start.where}: lists and mappings are nested too deeply")
             return None
@@ -194,11 +202,21 @@ class Reader:
         return Mark(where, self._base, self._layer)
 
     def _node(self, node: yaml.Node, mark: Mark) -> Node:
+        self._values += 1
+        if self._values > MOST_VALUES:
+            if self._values == MOST_VALUES + 1:
+                self._problems.append(f"{mark.where}: more than {MOST_VALUES} values, aliases followed")
+            return Node(Unreadable(), mark)
+        if len(self._open) == DEEPEST:
+            self._problems.append(f"{mark.where}: lists and mappings are nested too deeply")
+            return Node(Unreadable(), mark)
         if any(node is parent for parent in self._open):
             self._problems.append(f"{mark.where}: an alias may not contain itself")
             return Node(Unreadable(), mark)
         self._open.append(node)
         try:
+            if not isinstance(node, yaml.ScalarNode) and node.tag not in _COLLECTIONS:
+                raise ValueError(f"not valid YAML: tag {_short(node.tag)} is not allowed here")
             if isinstance(node, yaml.MappingNode):
                 return Node(self._entries(node), mark)
             if isinstance(node, yaml.SequenceNode):
@@ -220,6 +238,9 @@ class Reader:
                 continue
             # The text itself: a budget may be called 12 or on.
             key: str = key_node.value
+            if len(key) > _LONGEST_KEY:
+                self._problems.append(f"{mark.where}: a key of {len(key)} characters")
+                continue
             if key == "<<":
                 self._problems.append(
                     f"{mark.where}: '<<' does not merge; write the keys out, or use extends"

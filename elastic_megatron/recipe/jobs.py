@@ -17,6 +17,8 @@ from elastic_megatron.recipe.slurm import Once
 from elastic_megatron.recipe.sources import Sources
 from elastic_megatron.recipe.types import Problem, absolute, did_you_mean, seconds, show_path
 
+MOST_JOBS = 200
+
 
 @dataclass(frozen=True)
 class PlannedJob:
@@ -105,6 +107,10 @@ class _Reader:
         root, chain = document.root, document.value
         jobs = root.value.get("jobs") if isinstance(root.value, dict) else None
         names = list(jobs.value) if jobs is not None and isinstance(jobs.value, dict) else []
+        if len(names) > MOST_JOBS:
+            where = root.locate(("jobs",)).where
+            self.problems.append(f"{where}: jobs: {len(names)} are too many; {MOST_JOBS} at most")
+            return None
         for override in self.overrides:
             self._meant(override, names)
         file = _path(root, ("cluster",))

@@ -12,6 +12,7 @@ from elastic_megatron.recipe.document import Node, Unreadable
 from elastic_megatron.recipe.types import Problem, Problems, closest, did_you_mean, show_path, shown_value
 
 Kinds = dict[type[BaseModel], str]
+_MOST, _LONGEST = 50, 600
 
 
 def lines(problems: Iterable[Problem], root: Node) -> list[str]:
@@ -24,7 +25,7 @@ def lines(problems: Iterable[Problem], root: Node) -> list[str]:
         subject = show_path(problem.at[:-1] if problem.of_parent else problem.at)
         # One line each, even if a key or a value holds line breaks.
         text = " ".join(f"{subject + ': ' if subject else ''}{problem.text}".split())
-        shown.append(f"{node.mark.where}: {text}")
+        shown.append(f"{node.mark.where}: {text if len(text) < _LONGEST else text[:_LONGEST] + '...'}")
     return shown
 
 
@@ -35,13 +36,15 @@ def problems_of(error: ValidationError, root: type[BaseModel], kinds: Kinds, com
     `complete` is not blamed for what it lacks.
     """
     details = [detail for detail in error.errors() if complete or not _about_absence(detail, root)]
+    more, details = len(details) - _MOST, details[:_MOST]
     meant = {place for detail in details for place in _meant(detail, root)}
-    return [
+    found = [
         problem
         for detail in details
         if detail["type"] != "missing" or follow(detail["loc"], root).at not in meant
         for problem in _problems(detail, root, kinds)
     ]
+    return [*found, Problem((), f"and {more} problems more")] if more > 0 else found
 
 
 def _about_absence(detail: ErrorDetails, root: type[BaseModel]) -> bool:

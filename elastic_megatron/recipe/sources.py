@@ -6,8 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from elastic_megatron.errors import UserError
+from elastic_megatron.files.reading import read_text
 from elastic_megatron.recipe.document import COMMAND_LINE, Layer, Mark, Node, Reader, Unreadable
 from elastic_megatron.recipe.types import expand
+
+_LARGEST = 128 << 10
+_MOST_FILES = 64
 
 
 @dataclass
@@ -21,6 +26,7 @@ class Sources:
     problems: list[str] = field(default_factory=list)
     kind: str = "recipe"
     complete: bool = True
+    _files: int = 0
 
     def file(
         self, shown: str, asked_at: str = "", chain: tuple["_Step", ...] = (), layer: Layer = ()
@@ -33,6 +39,11 @@ class Sources:
         step = _Step(os.path.realpath(shown), shown, asked_at)
         if step.identity in [before.identity for before in chain]:
             self.problems.append(_circle((*chain, step)))
+            return None
+        self._files += 1
+        if self._files > _MOST_FILES:  # files that extend two each, ten times over, are a thousand
+            if self._files == _MOST_FILES + 1:
+                self.problems.append(f"{asked_at}{shown}: more than {_MOST_FILES} files extend each other")
             return None
         text = self._text(shown, asked_at)
         if text is None:
@@ -54,9 +65,11 @@ class Sources:
 
     def _text(self, shown: str, asked_at: str) -> str | None:
         try:
-            return Path(shown).read_text(encoding="utf-8")
+            return read_text(Path(shown), _LARGEST)
         except FileNotFoundError:
             self.problems.append(f"{asked_at}{shown}: no such file")
+        except UserError as error:
+            self.problems.append(f"{asked_at}{error}")
         except OSError as error:
             self.problems.append(f"{asked_at}{shown}: cannot be read: {error.strerror}")
         except UnicodeDecodeError as error:

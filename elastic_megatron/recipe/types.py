@@ -54,9 +54,13 @@ def shown_value(value: object) -> str:
         case None | bool():
             return {None: "null", True: "true", False: "false"}[value]
         case str():
-            return "a secret" if holds_secret(value) else repr(str(value))
+            return "a secret" if holds_secret(value) else _cut(repr(str(value)))
         case _:
             return repr(value)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 
 def expand(text: str) -> str:
@@ -160,7 +164,7 @@ def _name(pattern: str, allowed: str) -> Callable[[str], str]:
     def check(value: str) -> str:
         if not re.fullmatch(pattern, value):
             rule = f"use up to 100 letters, digits or {allowed}, the first a letter or digit"
-            raise ValueError(f"{value!r} is not a name: {rule}")
+            raise ValueError(f"{_cut(repr(value))} is not a name: {rule}")
         return value
 
     return check
