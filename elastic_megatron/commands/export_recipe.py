@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..files.json_files import write_object
+from ..files.lock import beside, locked
 from ..recipe.deploy import RECORD
 
 if TYPE_CHECKING:
@@ -54,26 +55,29 @@ def export(
         lacking = "export" if section is None else "model.checkpoint"
         raise UserError(f"the recipe has no {lacking}, so there is nothing to export; add it")
     source = open_stored(checkpoint)
-    record = _Record(recipe.run_dir / RECORD)
     origin = {"checkpoint": str(source.path), "digest": digest(source.path), "dtype": section.dtype}
-    requests = requests_of(recipe)
+    requests, file = requests_of(recipe), recipe.run_dir / RECORD
     wanted = {str(r.directory): origin | _settings(r) for r in requests}
-    missing = [r for r in requests if not record.holds(r.directory, wanted[str(r.directory)])]
-    kept = [r.directory for r in requests if r not in missing]
-    if not missing:
-        return Exported(Report([], 0, 0, 0, verified=False), kept)
-    with record.noting({str(r.directory): wanted[str(r.directory)] for r in missing}):
-        report = to_hf(
-            source,
-            missing,
-            dtype={"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[section.dtype],
-            max_shard_bytes=max_shard_bytes,
-            verify=section.verify,
-            trust=trust,
-            allow_nonfinite=section.allow_nonfinite,
-            progress=progress,
-        )
-    return Exported(report, kept)
+    if not _Record(file).lacks(wanted):  # what is only read is not locked
+        return Exported(Report([], 0, 0, 0, verified=False), [r.directory for r in requests])
+    with locked(beside(file), "export"):
+        record = _Record(file)
+        lacks = record.lacks(wanted)
+        missing = [r for r in requests if str(r.directory) in lacks]
+        report = Report([], 0, 0, 0, verified=False)
+        if missing:
+            with record.noting(lacks):
+                report = to_hf(
+                    source,
+                    missing,
+                    dtype={"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[section.dtype],
+                    max_shard_bytes=max_shard_bytes,
+                    verify=section.verify,
+                    trust=trust,
+                    allow_nonfinite=section.allow_nonfinite,
+                    progress=progress,
+                )
+    return Exported(report, [r.directory for r in requests if r not in missing])
 
 
 def requests_of(recipe: Recipe) -> list[Request]:
@@ -117,6 +121,10 @@ class _Record:
         except ValueError as error:
             raise UserError(f"{file} is damaged ({error}); remove it and what was exported") from None
 
+    def lacks(self, wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+        """Of directories, those that are not there. Raises ``UserError`` as ``holds``."""
+        return {name: what for name, what in wanted.items() if not self.holds(Path(name), what)}
+
     def holds(self, directory: Path, wanted: Mapping[str, Any]) -> bool:
         """Is the directory there, as wanted? Raises ``UserError`` where something else is."""
         if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
@@ -134,20 +142,15 @@ class _Record:
 
     @contextmanager
     def noting(self, wanted: Mapping[str, Any]) -> Iterator[None]:
-        """While directories are written: noted before, and no longer if that fails and they are not there."""
-        self._write({**self.noted, **wanted})
+        """While directories are written: noted before, and no longer if that fails: they may be somebody else's."""
+        before = self.noted
+        self._write({**before, **wanted})
         try:
             yield
-        finally:
-            self._write({d: what for d, what in self.noted.items() if d not in wanted or Path(d).exists()})
+        except BaseException:
+            self._write({name: what for name, what in before.items() if name not in wanted})
+            raise
 
     def _write(self, noted: dict[str, Any]) -> None:
         self.noted = noted
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        written = self.file.with_name(f".{self.file.name}.incomplete")
-        with open(written, "w") as f:
-            json.dump(noted, f, indent=1)
-            f.write("\n")
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(written, self.file)
+        write_object(self.file, noted)

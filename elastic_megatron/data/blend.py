@@ -22,6 +22,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType
 from torch.utils.data import Dataset
 
+from elastic_megatron.data.index_cache import building
 from elastic_megatron.errors import UserError
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -59,7 +60,8 @@ def build_dataset(
     newly prepared data never meets an old index; under torch.distributed rank 0 writes them, so
     ``cache_dir`` must be shared, and every rank must call.
 
-    Raises ``UserError`` for missing, damaged or empty files and for weights that are not positive.
+    Raises ``UserError`` for missing, damaged or empty files and for weights that are not positive, and as
+    ``index_cache.building``.
     """
     assert seq_length > 0 and num_samples > 0
     if not blend:
@@ -82,7 +84,9 @@ def build_dataset(
         # (each of k prefixes is rounded up, then the blend is filled to the sum).
         mid_level_dataset_surplus=0.005 + 2 * len(blend) / num_samples,
     )
-    train, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, config).build()
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, config)
+    with building(Path(str(config.path_to_cache))):
+        train, _, _ = builder.build()
     assert isinstance(train, (GPTDataset, BlendedDataset))
     return train
 

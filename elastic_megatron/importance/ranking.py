@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..errors import UserError
 from ..files.json_files import read_object, write_object
 from ..files.reading import open_regular
+from ..files.writing import write_bytes
 from ..space.stated import check_pattern, section, whole_number
 
 TENSORS = "ranking.safetensors"
@@ -96,7 +97,7 @@ class Ranking:
     def save(self, directory: Path) -> None:
         """Write ``ranking.safetensors`` and ``ranking.json``."""
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(self._tensors(), directory / TENSORS)
+        write_bytes(directory / TENSORS, save(self._tensors()))
         notes = {
             "layer_types": self.layer_types,
             "tokens": self.token_count,

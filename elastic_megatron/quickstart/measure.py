@@ -20,6 +20,7 @@ from ..checkpoint.source import open_source
 from ..cost import account
 from ..data.blend import windows
 from ..data.tokenizer import encode, load_tokenizer
+from ..files.writing import write_text
 from ..ops.mix import SubmodelMix
 from ..report import write_report
 from ..report.console import family_table
@@ -69,7 +70,7 @@ def evaluate_family(story: Story) -> None:
             for n, s in submodels.items()
         },
     }
-    (story.work / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
+    write_text(story.work / "measured.json", json.dumps(measured, indent=1) + "\n")
 
 
 @torch.no_grad()
@@ -149,8 +150,8 @@ def report(story: Story, seconds: Mapping[str, float]) -> dict[str, Any]:
     }
     assert cost.total_params == out["parent"]["total_params"]
     text = json.dumps(out, indent=1) + "\n"
-    (story.out / "report.json").write_text(text)
-    (story.run / "report.json").write_text(text)
+    write_text(story.out / "report.json", text)
+    write_text(story.run / "report.json", text)
     write_report(story.run, report_json=story.out / "report.json", out=story.out / "report.html")
     write_report(story.run)
     return out

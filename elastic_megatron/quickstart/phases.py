@@ -9,6 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..files.json_files import write_object
+
 
 class Phases:
     """Runs phases in order, remembers which are complete and how long each took, over interruptions.
@@ -43,6 +45,4 @@ class Phases:
             self._save()
 
     def _save(self) -> None:
-        temporary = self.path.with_suffix(".incomplete")
-        temporary.write_text(json.dumps(self.state, indent=1) + "\n")
-        temporary.replace(self.path)
+        write_object(self.path, self.state)

@@ -15,6 +15,8 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import AGAIN, UserError
+from ..files.lock import locked, within
+from ..files.writing import write_text
 from ..recipe import Recipe, dump, load
 from .phases import Phases
 
@@ -50,13 +52,20 @@ def quickstart(
 ) -> dict[str, Any]:
     """Run the story into ``out`` and return its report.
 
-    Raises ``UserError`` where the project's recipes or texts are not beside the package (give them), and
-    ``SystemExit`` with the status of ``train`` after a signal: everything is saved, run again to go on.
+    Raises ``UserError`` where the project's recipes or texts are not beside the package (give them), and where
+    another process tells the story in this folder; ``SystemExit`` with the status of ``train`` after a signal:
+    everything is saved, run again to go on.
     """
+    story = _story(out.resolve(), recipes, text, heldout)
+    with locked(within(story.out), "quickstart"):
+        return _told(story)
+
+
+def _told(story: Story) -> dict[str, Any]:
+    """The phases that are not done yet, and the report."""
     from . import measure
 
     console = Console(stderr=True)
-    story = _story(out.resolve(), recipes, text, heldout)
     story.work.mkdir(parents=True, exist_ok=True)
     phases = Phases(story.work / "phases.json", _key(story), console)
     if phases.stale:
@@ -147,7 +156,7 @@ def _train(recipe: Recipe) -> None:
 
     recipe.run_dir.mkdir(parents=True, exist_ok=True)
     resolved = recipe.run_dir / "recipe.yaml"
-    resolved.write_text(dump(recipe))
+    write_text(resolved, dump(recipe))
     command = [sys.executable, "-m", "elastic_megatron.cli", "train", str(resolved)]
     if status := run_ranks(command, min(2, os.cpu_count() or 1)):
         if status == 128 + signal.SIGINT:

@@ -3,6 +3,7 @@
 from importlib.resources import files
 from pathlib import Path
 
+from elastic_megatron.files.writing import write_text
 from elastic_megatron.report import closing, curves, family
 from elastic_megatron.report.importance import importance
 from elastic_megatron.report.markup import Palette, escape
@@ -26,7 +27,7 @@ def write_report(run_dir: Path, *, report_json: Path | None = None, out: Path | 
     page = render(run)
     path = out or run_dir / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from elastic_megatron.errors import UserError
+from elastic_megatron.files.writing import replacing
 from elastic_megatron.report.format import axis_title
 from elastic_megatron.report.ranking import NEGLECTED, Ranking, ScoreCurve, read_ranking
 
@@ -46,7 +47,8 @@ def _axes(title: str, x_title: str, y_title: str) -> tuple[Figure, Axes]:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path)
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
     return path
 
 

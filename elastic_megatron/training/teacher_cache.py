@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ from ..checkpoint.source import Source
 from ..data.blend import hash_file
 from ..data.record_files import KEY_BYTES, Records, listing
 from ..errors import UserError
+from ..files.json_files import write_object
+from ..files.lock import locked, within
 from ..ops.chunked_kd import Projection
 from ..ops.parallel import zigzag, zigzag_order
 from ..ops.top_block import TopLogits
@@ -36,6 +37,7 @@ from ..recipe import Recipe
 from ..recipe.training import CACHE_HEADER, cached_bytes
 
 _FORMAT = 1
+_PATIENCE_SECONDS = 60.0
 
 
 class TeacherCache:
@@ -198,10 +200,9 @@ def _claim(folder: Path, header: dict[str, Any]) -> None:
     """Leave the header in a new folder; raise ``UserError`` where there is another one."""
     file = folder / CACHE_HEADER
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{CACHE_HEADER}.{os.getpid()}"
-        temporary.write_text(json.dumps(header, indent=1) + "\n")
-        temporary.replace(file)
+        with locked(within(folder), "train", _PATIENCE_SECONDS):
+            if not file.exists():  # else it is another run's, which was faster
+                write_object(file, header)
     try:
         found = dict(json.loads(file.read_text()))
     except (ValueError, TypeError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -12,6 +14,7 @@ from megatron.training.utils.common_utils import get_blend_and_blend_per_split
 from torch.utils.data import Dataset
 
 from ...data.blend import BATCH_KEYS
+from ...data.index_cache import building
 
 
 class Numbered(Dataset):
@@ -56,4 +59,7 @@ def build_datasets(args: Any, sizes: Sequence[int | None], seq_length: int) -> l
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
     )
     kind = MockGPTDataset if args.mock_data else GPTDataset
-    return list(BlendedMegatronDatasetBuilder(kind, list(sizes), lambda: True, config).build())
+    builder = BlendedMegatronDatasetBuilder(kind, list(sizes), lambda: True, config)
+    cache = args.data_cache_path
+    with building(Path(cache)) if cache is not None else nullcontext():
+        return list(builder.build())

@@ -16,6 +16,8 @@ from ...checkpoint.manifest import FILE, Manifest
 from ...checkpoint.side_files import copy_side_files
 from ...checkpoint.source import Source
 from ...errors import UserError
+from ...files.lock import Held, acquire, within
+from ...files.writing import write_text
 from ...importance import Ranking
 from ...recipe import Recipe, dump
 from ...space import ParentShape
@@ -70,6 +72,7 @@ class RunFolder:
     def __init__(self, root: Path, hf_files: Path | None) -> None:
         self.root, self.hf_files = root, hf_files
         self.chosen: dict[int, Manifest] = {}
+        self._held: Held | None = None
 
     @staticmethod
     def read(root: Path) -> Manifest:
@@ -83,13 +86,22 @@ class RunFolder:
         return Manifest.read(file)
 
     def begin(self, manifest: Manifest, recipe: Recipe, ranking: Ranking | None) -> None:
-        """Write ``elastic/``."""
+        """Write ``elastic/``, in a folder that is this run's until ``close``.
+
+        Raises ``UserError`` where another run writes to it.
+        """
+        self._held = acquire(within(self.root), "pretrain_elastic.py")
         folder = self.root / "elastic"
         folder.mkdir(parents=True, exist_ok=True)
         if ranking is not None:
             ranking.save(folder)
-        (folder / "recipe.yaml").write_text(dump(recipe))
+        write_text(folder / "recipe.yaml", dump(recipe))
         manifest.write(folder / FILE)
+
+    def close(self) -> None:
+        """Leave the folder to others."""
+        if self._held is not None:
+            self._held.release()
 
     def choose(self, iteration: int, manifest: Manifest) -> None:
         """Note what the manifest of an iteration is, should it be saved."""

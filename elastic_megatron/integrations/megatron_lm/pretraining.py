@@ -117,6 +117,13 @@ class ElasticPretraining:
         training.get_megatron_optimizer_config = partial(
             self._optimizer_config, training.get_megatron_optimizer_config
         )
+        try:
+            self._pretrain()
+        finally:
+            if self.folder is not None:
+                self.folder.close()
+
+    def _pretrain(self) -> None:
         ended = None
         try:
             pretrain(
