@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _COLOURS = {
     "done": "green", "running": "cyan", "stopping": "cyan", "waiting": "dim", "failed": "red", "cancelled": "yellow",
-    "unfinished": "yellow", "lost": "red",
+    "unfinished": "yellow", "lost": "red", "unknown": "yellow",
 }  # fmt: skip
 POLL_SECONDS = 1.0
 
@@ -171,7 +171,7 @@ def _follow(record: Record, name: str, path: Path, lines: int | None) -> Iterato
         if time.monotonic() - asked > 5 * POLL_SECONDS:  # the queue need not be asked as often as the file
             asked = time.monotonic()
             state = next(s for s in states(record) if s.name == name)
-            ended = state.state not in ("running", "waiting", "stopping")
+            ended = state.state not in ("running", "waiting", "stopping", "unknown")
         if current.exists():
             with current.open("rb") as f:
                 f.seek(offset)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """Write the job scripts of a chain (or of a single recipe) into its run folder and queue them, each
 after those that it needs. Everything is checked first: layouts, memory, paths, room. With --dry-run the very same
-files are printed instead, nothing is written, and Slurm is asked whether it would take them.
+files are printed instead, nothing is written, and Slurm is asked whether it would take them; the last line says what
+would have come of it.
 
 Overrides of a chain say whose they are: stage1.optimizer.lr=2e-4 is of the recipe of job stage1,
 cluster.partition=debug of the cluster file, run_dir=/elsewhere of the chain. Those of a single recipe are its own."""
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     findings = preflight(chain)
     if args.dry_run:
         return _dry_run(args, chain, findings)
-    _report(findings, args.force)
+    _stop_at(_reported(findings, args.force))
     if not scheduler.available():
         raise UserError("sbatch is not installed here; submit on a login node, or look at it with --dry-run")
     from ..recipe.jobs import shown_path
@@ -72,18 +73,24 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     return None
 
 
-def _report(findings: list[Finding], force: bool) -> None:
-    """Warnings on stderr; errors all at once, as one ``UserError``."""
-    errors = [f for f in findings if f.severity == "error"]
+def _reported(findings: list[Finding], force: bool) -> list[str]:
+    """Warnings go to stderr; the errors, which forbid to submit."""
     for finding in findings:
         if finding.severity == "warning" or force:
             print(f"warning: {finding}", file=sys.stderr)
-    if errors and not force:
-        raise UserError("\n".join(str(f) for f in errors))
+    return [] if force else [str(f) for f in findings if f.severity == "error"]
+
+
+def _stop_at(problems: list[str]) -> None:
+    """Raises ``UserError`` of all problems at once, with the verdict last."""
+    if problems:
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        raise UserError("\n".join([*problems, f"{count}; nothing was submitted"]))
 
 
 def _dry_run(args: argparse.Namespace, chain: JobChain, findings: list[Finding]) -> dict[str, Any] | None:
     from ..slurm import scheduler
+    from ..slurm.record import done
     from ..slurm.script import files_of, links, script_path
     from ..slurm.submission import dependency
 
@@ -94,29 +101,41 @@ def _dry_run(args: argparse.Namespace, chain: JobChain, findings: list[Finding])
         option = f"--dependency={shlex.quote(wait)} " if wait else ""
         script = shlex.quote(str(script_path(chain.run_dir, job.name)))
         commands += [f"sbatch {option}{script}"] * links(job)
-    refusals = _refusals(chain, files) if scheduler.available() else None
+    asked = scheduler.available()
+    refusals = _refusals(chain, files, args.again) if asked else []
     if not args.json:
         for path, text in files.items():
             print(f"==> {path} <==\n{text}")
         print("==> commands <==\n" + "\n".join(commands))
-        if refusals is None:
-            print("(sbatch is not installed here, so Slurm was not asked)")
-    _report(findings, args.force)
-    if refusals:
-        raise UserError("\n".join(f"{name}: sbatch --test-only: {text}" for name, text in refusals.items()))
+    _stop_at([*_reported(findings, args.force), *refusals])
+    count = sum(links(job) for job in chain.jobs if not done(chain.run_dir, job.name))
+    verdict = f"would submit {count} job{'s' * (count != 1)}"
+    if not asked:
+        verdict += "; Slurm was not asked, for sbatch is not installed here"
     if not args.json:
+        print(verdict)
         return None
     return {
         "run_dir": str(chain.run_dir),
         "files": {str(path): text for path, text in files.items()},
         "commands": commands,
-        "asked_slurm": refusals is not None,
+        "asked_slurm": asked,
+        "verdict": verdict,
     }
 
 
-def _refusals(chain: JobChain, files: dict[Path, str]) -> dict[str, str]:
+def _refusals(chain: JobChain, files: dict[Path, str], again: bool) -> list[str]:
+    """What stands against submitting: what is in the queue or was submitted before, and Slurm's own words."""
     from ..slurm import scheduler
     from ..slurm.script import script_path
+    from ..slurm.submission import check
 
-    asked = {job.name: scheduler.refusal(files[script_path(chain.run_dir, job.name)]) for job in chain.jobs}
-    return {name: text for name, text in asked.items() if text}
+    found = []
+    try:
+        check(chain, again)
+    except UserError as error:
+        found.append(str(error))
+    for job in chain.jobs:
+        if words := scheduler.refusal(files[script_path(chain.run_dir, job.name)]):
+            found.append(f"{job.name}: sbatch --test-only: {words}")
+    return found

@@ -119,6 +119,20 @@ ContainerChoice = Annotated[
 ]
 
 
+class ExportJobs(Section):
+    """What is different for jobs that export: they convert files on the CPU of one node."""
+
+    account: EnvText | None = Field(default=None, description="Account; default: that of all jobs.")
+    partition: EnvText | None = Field(
+        default=None, description="Partition, such as one without GPUs; default: that of all jobs."
+    )
+    qos: EnvText | None = Field(default=None, description="Quality of service; default: that of all jobs.")
+    sbatch: SbatchFlags = Field(
+        default={},
+        description="Further flags of sbatch, which win over those of all jobs: {exclusive: false, cpus-per-task: 8}.",
+    )
+
+
 class Cluster(Section):
     """How jobs run on one cluster."""
 
@@ -166,7 +180,11 @@ class Cluster(Section):
         default=None, description="Job script to fill in; default: the built-in one."
     )
     sbatch: SbatchFlags = Field(
-        default={}, description="Further flags of sbatch for every job, without dashes: {exclusive: true}."
+        default={},
+        description="Further flags of sbatch for every job, without dashes: {exclusive: true, mem: 0}.",
+    )
+    export: ExportJobs = Field(
+        default=ExportJobs(), description="Jobs that export, which need no GPU: a partition of CPUs for them."
     )
 
     @model_validator(mode="after")

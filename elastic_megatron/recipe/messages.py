@@ -148,7 +148,7 @@ def _unknown_key(key: str, place: Place, root: type[BaseModel], kinds: Kinds) ->
     having = [member for member in place.variants if is_section(member) and key in member.model_fields]
     if tags := [str(tag) for member in having for tag in tags_of(member)]:
         return f"{text}; {key!r} belongs to {section.discriminator}: {_either(tags)}"
-    homes = sorted(_homes(root, key, "")) or [
+    homes = _in_order(_homes(root, key, "")) or [
         home for kind in kinds for home in _elsewhere(kind, key, kinds[kind])
     ]
     belongs = f"; {key!r} belongs to {_either(homes)}" if homes else ""
@@ -173,10 +173,16 @@ def _homes(section: type[BaseModel], key: str, path: str) -> set[str]:
     return found
 
 
+def _in_order(homes: Iterable[str]) -> list[str]:
+    """The top level first: a section below it may only make exceptions."""
+    return sorted(homes, key=lambda home: (home != _TOP, home))
+
+
 def _elsewhere(kind: type[BaseModel], key: str, word: str) -> list[str]:
     """Where another kind of document has a key."""
     return [
-        f"the {word}" if home == _TOP else f"{home} of the {word}" for home in sorted(_homes(kind, key, ""))
+        f"the {word}" if home == _TOP else f"{home} of the {word}"
+        for home in _in_order(_homes(kind, key, ""))
     ]
 
 

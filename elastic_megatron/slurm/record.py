@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import json_files
 from ..recipe import is_chain, load_jobs
 from ..recipe.load import load
+from .answers import JobId
 from .script import job_dir
 
 FILE = "chain.json"
@@ -19,33 +19,44 @@ FILE = "chain.json"
 
 @dataclass(frozen=True)
 class JobRecord:
-    """A job of the chain: ids in the order they were submitted, what it waits for, how often it is queued at once."""
+    """A job of the chain: ids in the order they were submitted, what it waits for, how often it is queued at once.
+
+    ``cluster``: where a site has several, the one that took it.
+    """
 
     ids: tuple[int, ...]
     after: tuple[str, ...]
     links: int
+    cluster: str = ""
 
     @property
     def last(self) -> int:
         """The newest id, 0 before there is one."""
         return self.ids[-1] if self.ids else 0
 
+    def job_ids(self, ids: Collection[int]) -> list[JobId]:
+        """Ids of this job, as Slurm's programs want them."""
+        return [JobId(id, self.cluster) for id in ids]
+
 
 @dataclass(frozen=True)
 class Record:
-    """``chain.json``: written when the chain is submitted, and extended when it is resumed."""
+    """``chain.json``: written before the first job is submitted, and extended with every id as it arrives.
+
+    ``unfinished``: the command that submits has not come to its end; it was killed, or is at work.
+    """
 
     run_dir: Path
     name: str
     jobs: Mapping[str, JobRecord]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    unfinished: bool = False
 
     def save(self) -> None:
+        """Raises ``OSError`` where the disk refuses."""
         jobs = {name: asdict(job) for name, job in self.jobs.items()}
-        text = json.dumps({"name": self.name, "jobs": jobs, **self.facts}, indent=1)
-        temporary = self.run_dir / f".{FILE}.incomplete"
-        temporary.write_text(text + "\n")
-        os.replace(temporary, self.run_dir / FILE)
+        state = {"unfinished": True} if self.unfinished else {}
+        json_files.write_object(self.run_dir / FILE, {"name": self.name, **state, "jobs": jobs, **self.facts})
 
 
 def read(run_dir: Path) -> Record | None:
@@ -53,17 +64,22 @@ def read(run_dir: Path) -> Record | None:
     path = run_dir / FILE
     if not path.exists():
         return None
+    remedy = "cancel by the job ids that squeue shows, remove it and submit again"
+    data = json_files.read_object(path, "submit the chain first", remedy)
     try:
-        data = json.loads(path.read_text())
         jobs = {
-            name: JobRecord(tuple(map(int, job["ids"])), tuple(job["after"]), int(job["links"]))
+            name: JobRecord(
+                tuple(map(int, job["ids"])),
+                tuple(job["after"]),
+                int(job["links"]),
+                str(job.get("cluster", "")),
+            )
             for name, job in data.pop("jobs").items()
         }
-        return Record(run_dir, str(data.pop("name")), jobs, data)
+        unfinished = bool(data.pop("unfinished", False))
+        return Record(run_dir, str(data.pop("name")), jobs, data, unfinished)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{path} is damaged; cancel by the job ids that squeue shows, remove it and submit again"
-        ) from None
+        raise UserError(f"{path} is damaged; {remedy}") from None
 
 
 def find(target: Path) -> Record:
@@ -82,7 +98,10 @@ def find(target: Path) -> Record:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a job, as its script noted it. ``exit`` is ``None`` while it runs, or where it was cut off."""
+    """One start of a job, as its script noted it. ``exit`` is ``None`` while it runs, or where it was cut off.
+
+    ``why``: the script's words where it was not the ranks that ended it.
+    """
 
     number: int
     id: int
@@ -90,6 +109,7 @@ class Attempt:
     exit: int | None
     ended: int | None
     progress: str
+    why: str = ""
 
 
 def attempts(run_dir: Path, name: str) -> list[Attempt]:
@@ -106,7 +126,8 @@ def attempts(run_dir: Path, name: str) -> list[Attempt]:
             found[number] = Attempt(number, id, time, None, None, progress)
         elif words[3] == "exit" and words[4].isdecimal() and number in found:
             begun = found[number]
-            found[number] = Attempt(number, id, begun.started, int(words[4]), time, progress)
+            why = " ".join(words[6:])
+            found[number] = Attempt(number, id, begun.started, int(words[4]), time, progress, why)
     return [found[number] for number in sorted(found)]
 
 

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
-import subprocess
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UserError
+from . import answers, programs
+from .answers import JobId, Queued
+from .programs import Answer
 
 TIMEOUT = 60.0
-_GONE = re.compile(r"Invalid job id", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Queued:
-    """A job in the queue: Slurm's state, why it waits (or ``None``), when it should start, how long it has run."""
-
-    id: int
-    state: str
-    reason: str
-    start: str
-    elapsed: str
-    nodes: str
+_GONE = re.compile(r"invalid job id|already (completing|completed|finished)", re.IGNORECASE)
+# Seconds before each look for a job of which no answer came: a busy controller may take it a little later. None
+# begins after a minute.
+LOOKS = (0.0, 2.0, 4.0, 8.0)
+# How Slurm's programs find their controller, and the site its Slurm
+_KEPT = re.compile(r"SLURM_(CONF|CONF_SERVER|JWT|CLUSTERS|\w*(HOME|ROOT|PREFIX|PATH|BIN))")
+_LEAKS = re.compile(r"(SLURM|SLURMD|SRUN|SALLOC|SBATCH|SQUEUE|SCANCEL|SCONTROL|SACCT|PMI|PMIX)_")
+# What an allocation's shell has been given, and another job must not inherit
+_DEVICES = {
+    "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK",
+}  # fmt: skip
+# A user's own defaults, which hold where a script says nothing; sbatch would have them win over it
+_DEFAULTS = ("account", "partition", "qos", "constraint", "reservation", "clusters", "wckey")
 
 
 def available() -> bool:
@@ -32,70 +36,143 @@ def available() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def sbatch(script: Path, dependency: str = "") -> int:
-    """Submit a script; the job's id. Raises ``UserError`` with Slurm's words where it refuses."""
+def environment(script: str = "", inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment for Slurm's programs: without what an allocation's shell holds and what overrides options.
+
+    ``script``: what sbatch is given; variables for options that it states are left out too.
+    """
+    stated = set(re.findall(r"^#SBATCH --([\w-]+)", script, re.MULTILINE))
+    mine = {f"SBATCH_{flag.upper()}" for flag in _DEFAULTS if flag not in stated} if script else set()
+    leaks = _DEVICES if "SLURM_JOB_ID" in inherited else set[str]()
+    leaks |= {"SLURM_CLUSTERS"} if "clusters" in stated else set[str]()
+    return {
+        name: value
+        for name, value in inherited.items()
+        if name in mine or (name not in leaks and (_KEPT.fullmatch(name) or not _LEAKS.match(name)))
+    }
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What came of an sbatch: the job that its answer names, whether it ended well, and its words.
+
+    ``open``: it may have been taken although the answer does not say so.
+    """
+
+    job: JobId | None
+    ok: bool
+    open: bool
+    words: tuple[str, ...]
+
+
+def sbatch(script: Path, dependency: str = "") -> Sent:
+    """Submit a script once. Raises ``UserError`` where there is no sbatch, and ``OSError`` without the script."""
+    _need("sbatch")
     options = [f"--dependency={dependency}"] if dependency else []
-    out = _run(["sbatch", "--parsable", *options, str(script)])
-    return int(out.split(";")[0])
+    env = environment(script.read_text(errors="replace"))
+    said = programs.run(["sbatch", "--parsable", *options, str(script)], TIMEOUT, env)
+    job = answers.job_id(said.out + said.err)
+    ok = said.status == 0 and not answers.refuses(said.lines)
+    lost = said.status in (0, None) or job is not None or answers.leaves_open(said.lines)
+    return Sent(job, ok, lost, tuple(_words("sbatch", said)))
 
 
 def refusal(script: str) -> str:
-    """What Slurm has against a script (``sbatch --test-only``); empty where it would take it."""
+    """What Slurm has against a script (``sbatch --test-only``), a line each; empty where it would take it."""
     _need("sbatch")
-    try:
-        done = subprocess.run(
-            ["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=TIMEOUT
-        )
-    except subprocess.TimeoutExpired:
-        return _silent("sbatch")
-    return "" if done.returncode == 0 else _last_line(done.stderr)
+    said = programs.run(["sbatch", "--test-only"], TIMEOUT, environment(script), script)
+    return "\n".join(_words("sbatch", said)) if said.status != 0 or answers.refuses(said.lines) else ""
 
 
-def queue(ids: Iterable[int]) -> dict[int, Queued]:
-    """Those of the jobs that wait or run. Needs no accounting database."""
-    wanted = set(ids)
-    out = _run(["squeue", "--me", "--noheader", "--format=%A|%T|%r|%S|%M|%N"]) if wanted else ""
-    found = {}
-    for line in out.splitlines():
-        number, state, reason, start, elapsed, nodes = line.split("|", 5)
-        if int(number) in wanted:
-            found[int(number)] = Queued(int(number), state, reason, start, elapsed, nodes)
+def mine(clusters: Collection[str] = ("",)) -> list[Queued]:
+    """All jobs of the user that wait or run. Needs no accounting database.
+
+    Raises ``UserError`` where that cannot be known just now.
+    """
+    found = []
+    for cluster in sorted({*clusters}):
+        # --me is younger than some clusters
+        command = ["squeue", *_on(cluster), f"--user={os.geteuid()}", "--noheader"]
+        said = _run([*command, f"--format={answers.QUEUE_FORMAT}"])
+        jobs = [replace(job, cluster=cluster) for job in answers.queued(said.out)]
+        if not jobs and answers.in_trouble(said.lines):
+            raise UserError(f"squeue failed: {'; '.join(_words('squeue', said))}")
+        found += jobs
     return found
 
 
-def last_state(id: int) -> str:
+def find(name: str, known: Collection[int], patient: bool, clusters: Collection[str] = ("",)) -> list[Queued]:
+    """Jobs in the queue of this name, which is nobody else's, but for those that are known already.
+
+    Args:
+        patient: look again for some seconds while there is none.
+
+    Raises ``UserError`` where squeue does not say at the last look.
+    """
+    deadline = time.monotonic() + TIMEOUT
+    for pause in LOOKS if patient else LOOKS[:1]:
+        time.sleep(pause)
+        last = not patient or pause == LOOKS[-1] or time.monotonic() > deadline
+        try:
+            found = [q for q in mine(clusters) if q.id not in known and q.name in (name, "")]
+        except UserError:
+            if last:
+                raise
+            continue
+        if found or last:
+            return found
+    return []
+
+
+def own_cluster() -> str:
+    """The name of the cluster that answers without ``--clusters``; empty where that cannot be known."""
+    if shutil.which("scontrol") is None:
+        return ""
+    said = programs.run(["scontrol", "show", "config"], TIMEOUT, environment())
+    return next((m[1] for line in said.out if (m := re.match(r"ClusterName\s*=\s*(\S+)", line))), "")
+
+
+def last_state(job: JobId) -> str:
     """How a job that is not in the queue ended, in Slurm's word; empty where nobody remembers.
 
-    The controller forgets jobs after ``MinJobAge``; accounting remembers them where a site has it.
+    The controller forgets jobs after ``MinJobAge``; accounting remembers them where a site has it. Raises
+    ``UserError`` where the controller does not answer.
     """
-    out = _run(["scontrol", "--oneliner", "show", "job", str(id)], tolerate=_GONE)
-    if found := re.search(r"\bJobState=(\w+)", out):
-        return found[1]
+    on = _on(job.cluster)
+    said = _run(["scontrol", *on, "--oneliner", "show", "job", str(job.number)], tolerate=_GONE)
+    if state := answers.end_state(said.out):
+        return state
     if shutil.which("sacct") is None:
         return ""
+    command = ["sacct", *on, "--noheader", "--parsable2", "--allocations", "--format=State"]
     try:
-        out = _run(["sacct", "--noheader", "--parsable2", "--allocations", "--format=State", f"--jobs={id}"])
+        return answers.end_state(_run([*command, f"--jobs={job.number}"]).out)
     except UserError:  # no accounting here, which is no fault of the user's
         return ""
-    return out.split()[0] if out.split() else ""
 
 
-def cancel(ids: Sequence[int]) -> None:
-    """Take jobs out of the queue; those that run get TERM, and time to save."""
-    if ids:
-        _run(["scancel", *map(str, ids)], tolerate=_GONE)
+def cancel(jobs: Iterable[JobId]) -> None:
+    """Take jobs out of the queue; those that run get TERM, and time to save. Raises ``UserError`` where one stays."""
+    jobs = list(jobs)
+    for cluster in sorted({job.cluster for job in jobs}):
+        ids = [str(job.number) for job in jobs if job.cluster == cluster]
+        _run(["scancel", *_on(cluster), *ids], tolerate=_GONE)
 
 
-def _run(command: Sequence[str], tolerate: re.Pattern[str] | None = None) -> str:
-    """Standard output of a command. Raises ``UserError`` where it fails, unless its words match ``tolerate``."""
+def _on(cluster: str) -> list[str]:
+    return [f"--clusters={cluster}"] if cluster else []
+
+
+def _run(command: Sequence[str], tolerate: re.Pattern[str] | None = None) -> Answer:
+    """A command's answer. Raises ``UserError`` where it fails, unless all that it complains of is tolerated."""
     _need(command[0])
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        raise UserError(_silent(command[0])) from None
-    if done.returncode and not (tolerate and tolerate.search(done.stderr)):
-        raise UserError(f"{command[0]} refused: {_last_line(done.stderr)}")
-    return done.stdout
+    said = programs.run(command, TIMEOUT, environment())
+    complaints = said.lines if said.status != 0 else ()
+    if said.status is None or (
+        said.status != 0 and not (tolerate and complaints and all(map(tolerate.search, complaints)))
+    ):
+        raise UserError(f"{command[0]} failed: {'; '.join(_words(command[0], said))}")
+    return said
 
 
 def _need(program: str) -> None:
@@ -103,10 +180,8 @@ def _need(program: str) -> None:
         raise UserError(f"{program} is not installed here; run this on a login node of the cluster")
 
 
-def _silent(program: str) -> str:
-    return f"{program} did not answer within {TIMEOUT:.0f} s; is the Slurm controller up? (scontrol ping)"
-
-
-def _last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    return re.sub(r"^\w+: (error|fatal): ", "", lines[-1]) if lines else "no reason given"
+def _words(program: str, said: Answer) -> list[str]:
+    """Why a command failed, in its own words."""
+    silent = f"{program} did not answer within {TIMEOUT:.0f} s; is the Slurm controller up? (scontrol ping)"
+    unsaid = silent if said.status is None else f"no reason given (status {said.status})"
+    return answers.reasons(said.lines) + [silent] * (said.status is None) or [unsaid]

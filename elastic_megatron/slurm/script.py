@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..checkpoint.tracker import TRACKER
 from ..errors import UserError
-from ..recipe import JobChain, PlannedJob, dump
-from ..recipe.cluster import Apptainer, Docker, NoContainer, Pyxis
+from ..recipe import JobChain, PlannedJob, Recipe, dump
+from ..recipe.cluster import Apptainer, Cluster, Docker, NoContainer, Pyxis
 from ..recipe.document import to_yaml
 from ..recipe.slurm import Links, Once
 
+# bad input does not get better
+FINAL = (2,)
 REQUIRED = ("directives", "tasks")
 RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
@@ -78,7 +82,8 @@ def script(chain: JobChain, job: PlannedJob) -> str:
         "progress": shlex.quote(str(progress)),
         "continuation": continuation.kind,
         "max_failures": str(1 if isinstance(continuation, Once) else continuation.max_failures),
-        "setup": "\n".join(chain.cluster.setup),
+        "final": " ".join(map(str, FINAL)),
+        "setup": _setup(chain.cluster.setup),
         "tasks": _tasks(chain, job),
     }
     template = chain.cluster.template
@@ -90,6 +95,19 @@ def script(chain: JobChain, job: PlannedJob) -> str:
         return _filled(template.read_text(), values, str(template))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{template}: the cluster file's template cannot be read: {error}") from None
+
+
+def _setup(lines: Sequence[str]) -> str:
+    """The site's lines, of which the first that fails ends the job: ranks would only fail later, and less clearly.
+
+    ``a && b`` does not fail by ``a``, and what fails inside a function or a sourced file is its own business.
+    """
+    if not lines:
+        return ""
+    ends = """trap 'status=$? line=$LINENO; [ "${#BASH_SOURCE[@]}" -gt 1 ] || {
+  why="a setup line of the cluster file failed: $(sed -n "${line}p" "$0")"; echo "$why (status $status)"; exit "$status"
+}' ERR"""
+    return "\n".join([ends, *lines, "trap - ERR"])
 
 
 def _filled(template: str, values: Mapping[str, str], name: str) -> str:
@@ -104,10 +122,11 @@ def _filled(template: str, values: Mapping[str, str], name: str) -> str:
 
 def _directives(chain: JobChain, job: PlannedJob) -> Iterator[str]:
     """The options of sbatch, one a line, without ``#SBATCH``; it reads quotes as a shell does."""
-    cluster, slurm = chain.cluster, job.recipe.slurm
-    continuation, export = slurm.continuation, job.recipe.job == "export"
+    cluster = chain.cluster
+    continuation, export = job.recipe.slurm.continuation, job.recipe.job == "export"
     yield f"--job-name={job_name(chain, job)}"
-    for flag, value in (("account", cluster.account), ("partition", cluster.partition), ("qos", cluster.qos)):
+    for flag in ("account", "partition", "qos"):
+        value = (export and getattr(cluster.export, flag)) or getattr(cluster, flag)
         if value is not None:
             yield f"--{flag}={shlex.quote(value)}"
     yield f"--nodes={job.nodes}"
@@ -123,26 +142,56 @@ def _directives(chain: JobChain, job: PlannedJob) -> Iterator[str]:
     yield "--open-mode=append"
     yield "--kill-on-invalid-dep=yes"
     yield "--export=ALL"  # a list of names would make Slurm start a login shell for the rest
-    for flag, value in {**cluster.sbatch, **slurm.sbatch}.items():
+    for flag, value in _flags(cluster, job.recipe).items():
         if value is True:
             yield f"--{flag}"
         elif value is not False:
             yield f"--{flag}={shlex.quote(str(value))}"
 
 
+def _flags(cluster: Cluster, recipe: Recipe) -> dict[str, Any]:
+    """Further options of sbatch: of every job, of those that export, of this one."""
+    export = cluster.export.sbatch if recipe.job == "export" else {}
+    return {**cluster.sbatch, **export, **recipe.slurm.sbatch}
+
+
 def job_name(chain: JobChain, job: PlannedJob) -> str:
-    """What the queue calls the job. Links wait for each other by name, so theirs tells run folders apart."""
-    name = f"{chain.name}.{job.name}"
-    if links(job) == 1:
-        return name
-    return f"{name}.{hashlib.sha256(str(chain.run_dir).encode()).hexdigest()[:6]}"
+    """What the queue calls the job, and no job of another run folder.
+
+    Links wait for each other by name, and a job whose id never arrived is found by it.
+    """
+    return f"{chain.name}.{job.name}.{_digest(chain.run_dir)}"
+
+
+def queue_name(run_dir: Path, name: str) -> str:
+    """What the queue calls a job whose script has been written; empty where that is not unique, or not known."""
+    found = _stated(run_dir, name, "job-name")
+    return found if found.endswith(f".{_digest(run_dir)}") else ""
+
+
+def clusters(run_dir: Path, name: str) -> list[str]:
+    """The clusters of which a written script names one or several; one without a name where it leaves that open."""
+    return _stated(run_dir, name, "clusters").split(",")
+
+
+def _stated(run_dir: Path, name: str, flag: str) -> str:
+    try:
+        text = script_path(run_dir, name).read_text(errors="replace")
+    except OSError:
+        return ""
+    found = re.search(rf"^#SBATCH --{flag}=(\S+)$", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _digest(run_dir: Path) -> str:
+    return hashlib.sha256(os.path.realpath(run_dir).encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 
 def _tasks(chain: JobChain, job: PlannedJob) -> str:
     """The srun that starts the ranks: flags, then what one task does."""
     cluster, container = chain.cluster, chain.cluster.container
     flags = ["srun", "--kill-on-bad-exit=1", "--export=ALL"]
-    if "cpus-per-task" in {*cluster.sbatch, *job.recipe.slurm.sbatch}:
+    if _flags(cluster, job.recipe).get("cpus-per-task", False) is not False:
         # since Slurm 22.05 srun does not take it from the job by itself
         flags.append('--cpus-per-task="$SLURM_CPUS_PER_TASK"')
     if isinstance(container, Pyxis):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from typing import Any
 from ..errors import AGAIN, UserError
 from ..recipe import Recipe, load
 from . import record, scheduler
+from .answers import JobId, Queued
+from .live import live, queue_of
 from .record import Attempt, JobRecord, Record
-from .scheduler import Queued
 from .script import job_dir, log_dir
 
 _ENDS = {
@@ -35,8 +35,8 @@ _STOPS = {
 class JobState:
     """One job as ``status`` shows it.
 
-    ``state`` is one of done, running, waiting, stopping, failed, cancelled, unfinished, lost. ``step`` of ``steps``
-    and ``loss`` come from the metrics of a training job, and are ``None`` elsewhere.
+    ``state`` is one of done, running, waiting, stopping, failed, cancelled, unfinished, lost, unknown. ``step`` of
+    ``steps`` and ``loss`` come from the metrics of a training job, and are ``None`` elsewhere.
     """
 
     name: str
@@ -54,20 +54,27 @@ class JobState:
 
 
 def states(found: Record) -> list[JobState]:
-    """Every job of a chain, in order."""
-    live = scheduler.queue(i for job in found.jobs.values() for i in job.ids) if scheduler.available() else {}
-    return [_state(found, name, job, live) for name, job in found.jobs.items()]
+    """Every job of a chain, in order. Where Slurm does not answer, what hangs on its answer is ``unknown``."""
+    silent, queue = "", list[Queued]()
+    try:
+        queue = queue_of(found) if scheduler.available() else []
+    except UserError as error:
+        silent = str(error)
+    waiting = live(found, queue)
+    return [_state(found, name, job, waiting[name], silent) for name, job in found.jobs.items()]
 
 
-def _state(found: Record, name: str, job: JobRecord, live: Mapping[int, Queued]) -> JobState:
+def _state(found: Record, name: str, job: JobRecord, queued: list[Queued], silent: str) -> JobState:
     tries = record.attempts(found.run_dir, name)
-    queued = [live[i] for i in job.ids if i in live]
     if record.done(found.run_dir, name):
         state, detail = "done", ""
     elif queued:
         state, detail = _in_queue(found, job, queued, tries)
     else:
-        state, detail = _ended(found, name, job, tries)
+        try:
+            state, detail = ("unknown", silent) if silent else _ended(found, name, job, tries)
+        except UserError as error:
+            state, detail = "unknown", str(error)
     id = queued[0].id if queued else tries[-1].id if tries else job.last
     log = log_dir(found.run_dir, name) / "latest"
     step, steps, loss = _progress(job_dir(found.run_dir, name) / "recipe.yaml")
@@ -96,17 +103,25 @@ def _in_queue(found: Record, job: JobRecord, queued: list[Queued], tries: list[A
 def _ended(found: Record, name: str, job: JobRecord, tries: list[Attempt]) -> tuple[str, str]:
     """Not in the queue and not done. What the job noted comes first: Slurm forgets."""
     last = tries[-1] if tries else None
+    if last is None and not job.ids:
+        return "lost", "its submission was cut off; the same `submit` goes on"
+    if last is not None and last.exit == 0:
+        return "done", ""  # its note of success found no room
     if last is not None and last.exit is not None:
         count = record.failures(found.run_dir, name)
         if last.exit in (128 + 15, 128 + 2):
-            why = _STOPS.get(_last_word(last.id))
+            why = _STOPS.get(_last_word(last.id, job))
             return ("unfinished", why) if why else ("cancelled", "saved; `resume` continues it")
         if last.exit == AGAIN:
             return "unfinished", "saved before its time was over; `resume` continues it"
+        if last.why:
+            return "failed", f"exit {last.exit}: {last.why}"
         times = f" for the {count}th time without a newer checkpoint" if count > 3 else ""
         times = {2: " twice in a row", 3: " three times in a row"}.get(count, times)
         return "failed", "bad input (exit 2)" if last.exit == 2 else f"exit {last.exit}{times}"
-    word = _last_word(last.id if last else job.last)
+    word = _last_word(last.id if last else job.last, job)
+    if word == "COMPLETED":
+        return "done", "by Slurm's word; it left no note"
     if word == "CANCELLED" and last is None and job.after:
         needed = [n for n in job.after if not record.done(found.run_dir, n)]
         return "cancelled", f"since {', '.join(needed)} did not succeed" if needed else ""
@@ -121,9 +136,9 @@ def _ended(found: Record, name: str, job: JobRecord, tries: list[Attempt]) -> tu
     )
 
 
-def _last_word(id: int) -> str:
+def _last_word(id: int, job: JobRecord) -> str:
     """How Slurm says that a job ended, empty where there is no Slurm or it has forgotten."""
-    return scheduler.last_state(id) if scheduler.available() else ""
+    return scheduler.last_state(JobId(id, job.cluster)) if scheduler.available() else ""
 
 
 def _progress(recipe_file: Path) -> tuple[int | None, int | None, float | None]:

@@ -2,61 +2,87 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from ..errors import UserError
+from ..files import lock, writing
 from ..recipe import JobChain
 from . import record, scheduler
+from .answers import JobId, Queued
+from .facts import collect
+from .live import adopted, live, queue_of, refuse_shared
 from .record import JobRecord, Record
-from .script import files_of, job_dir, links, log_dir, script_path
-
-# those that decide a run's numbers; a container has its own
-PACKAGES = (
-    "elastic-megatron", "torch", "megatron-core", "transformers", "transformer-engine", "mamba-ssm",
-    "causal-conv1d", "nvidia-modelopt",
-)  # fmt: skip
+from .script import clusters, files_of, job_dir, job_name, links, log_dir, queue_name, script_path
 
 
 def submit(chain: JobChain, command: Sequence[str] = (), again: bool = False) -> dict[str, tuple[int, ...]]:
     """Write the chain's files and queue its jobs, each after those that it needs; job -> ids in the queue.
+
+    Where an earlier call was killed half-way, this one goes on: what is in the queue stays there.
 
     Args:
         command: what the user typed, for the record.
         again: over a chain that was submitted before; its files are written anew, and jobs that succeeded stay.
 
     Raises ``UserError`` where the folder holds a chain that was submitted before, and it is not ``again`` or still in
-    the queue; and where Slurm refuses a job: those queued before it are then cancelled.
+    the queue; where another chain's job uses a folder of this one; and where Slurm refuses a job: those queued before
+    it are then cancelled.
     """
+    with lock.locked(_lock(chain.run_dir), "elastic-megatron submit"):
+        before, queue = check(chain, again)
+        known = before.jobs if before is not None else {}
+        facts = collect(chain, command)
+        write(chain)
+        jobs = {
+            job.name: replace(known.get(job.name, _NEW), after=job.after, links=links(job))
+            for job in chain.jobs
+        }
+        start = Record(chain.run_dir, chain.name, jobs, facts, unfinished=True)
+        cut_off = before is not None and before.unfinished
+        end = _continued(start, queue, topped_up=cut_off, restore=before)
+        queued = live(start, queue)  # nothing, but for what a call that was cut off left
+    return {name: (*(q.id for q in queued[name]), *ids) for name, ids in _added(start, end).items()}
+
+
+_NEW = JobRecord((), (), 1)
+
+
+def check(chain: JobChain, again: bool) -> tuple[Record | None, list[Queued]]:
+    """What the run folder knows, and the user's queue. Raises ``UserError`` where ``submit`` must not go on."""
     before = record.read(chain.run_dir)
+    queue = queue_of(before)
     if before is not None:
-        _check_again(before, again)
-    write(chain)
-    known = before.jobs if before is not None else {}
-    jobs = {
-        job.name: JobRecord(known[job.name].ids if job.name in known else (), job.after, links(job))
-        for job in chain.jobs
-    }
-    todo = {name: job for name, job in jobs.items() if not record.done(chain.run_dir, name)}
-    for name in todo:
-        (job_dir(chain.run_dir, name) / "failures").unlink(missing_ok=True)
-    queued = _queue_all(chain.run_dir, todo)
-    Record(chain.run_dir, chain.name, {**jobs, **queued}, _facts(chain, command)).save()
-    return _new(jobs, queued)
+        before = adopted(before, queue)
+        _check_again(before, again, queue, chain)
+    else:
+        names = {job_name(chain, job): job.name for job in chain.jobs}
+        for queued in queue:
+            if queued.name in names:
+                raise UserError(
+                    f"job {queued.id} in the queue is the {names[queued.name]} of this chain, though {chain.run_dir} "
+                    f"has no record of it; scancel {queued.id}, and submit again"
+                )
+    own = [id for job in before.jobs.values() for id in job.job_ids(job.ids)] if before is not None else []
+    refuse_shared(chain, queue, own)
+    return before, queue
 
 
-def _check_again(before: Record, again: bool) -> None:
-    live = scheduler.queue(i for job in before.jobs.values() for i in job.ids)
-    if live:
+def _check_again(before: Record, again: bool, queue: Sequence[Queued], chain: JobChain) -> None:
+    ids = [q.id for jobs in live(before, queue).values() for q in jobs]
+    if before.unfinished:
+        changed = next((path for path, text in files_of(chain).items() if _differs(path, text)), None)
+        if ids and changed is not None:
+            raise UserError(
+                f"{before.run_dir}: an earlier submit was cut off, its job {min(ids)} is in the queue, and {changed} "
+                "would now be another; `elastic-megatron cancel` it first"
+            )
+        return
+    if ids:
         raise UserError(
-            f"{before.run_dir} holds a chain whose job {min(live)} is queued; cancel it, or choose another run_dir"
+            f"{before.run_dir} holds a chain whose job {min(ids)} is queued; cancel it, or choose another run_dir"
         )
     if not again:
         raise UserError(
@@ -65,11 +91,15 @@ def _check_again(before: Record, again: bool) -> None:
         )
 
 
+def _differs(path: Path, text: str) -> bool:
+    return path.exists() and path.read_text(errors="replace") != text
+
+
 def write(chain: JobChain) -> None:
     """The chain's files, without submitting them."""
     for path, text in files_of(chain).items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        writing.write_text(path, text)
     for job in chain.jobs:
         logs = log_dir(chain.run_dir, job.name)
         if (elsewhere := chain.cluster.log_dir) is None:
@@ -81,11 +111,20 @@ def write(chain: JobChain) -> None:
 
 
 def cancel(found: Record, names: Collection[str] = ()) -> list[int]:
-    """Cancel jobs (all of the chain without ``names``); the ids that were in the queue."""
-    chosen = [job for name, job in found.jobs.items() if not names or name in names]
-    ids = sorted(scheduler.queue(i for job in chosen for i in job.ids))
-    scheduler.cancel(ids)
-    return ids
+    """Cancel jobs (all of the chain without ``names``); the ids that were in the queue.
+
+    Where squeue does not answer, everything that has not succeeded is cancelled.
+    """
+    chosen = [name for name in found.jobs if not names or name in names]
+    try:
+        waiting = live(found, queue_of(found))
+        ids = {name: [q.id for q in waiting[name]] for name in chosen}
+    except UserError:
+        ids = {n: [] if record.done(found.run_dir, n) else list(found.jobs[n].ids) for n in chosen}
+        if not any(ids.values()):
+            raise
+    scheduler.cancel(id for name in chosen for id in found.jobs[name].job_ids(ids[name]))
+    return sorted(id for name in chosen for id in ids[name])
 
 
 def resume(found: Record, names: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
@@ -95,30 +134,21 @@ def resume(found: Record, names: Collection[str] = ()) -> dict[str, tuple[int, .
     queue. Failures are forgotten: somebody looked at them. Raises ``UserError`` where a job that is needed neither
     succeeded nor is among those that run.
     """
-    live = scheduler.queue(i for job in found.jobs.values() for i in job.ids)
-    todo: dict[str, JobRecord] = {}
-    for name, job in found.jobs.items():
-        queued = [i for i in job.ids if i in live]
-        if record.done(found.run_dir, name) or (names and name not in names):
-            continue
-        if queued and not (set(job.after) & set(todo)):
-            continue
-        scheduler.cancel(queued)  # it waits for a job that is gone
-        todo[name] = job
-    waiting = {n: job.last for n, job in found.jobs.items() if job.last in live and n not in todo}
-    for name, job in todo.items():
-        for needed in job.after:
-            if needed not in todo and needed not in waiting and not record.done(found.run_dir, needed):
-                raise UserError(f"{name} needs {needed}, which has not succeeded; resume {needed} too")
-        (job_dir(found.run_dir, name) / "failures").unlink(missing_ok=True)
-    new = _queue_all(found.run_dir, todo, waiting)
-    replace(found, jobs={**found.jobs, **new}).save()
-    return _new(found.jobs, new)
+    with lock.locked(_lock(found.run_dir), "elastic-megatron resume"):
+        found = record.read(found.run_dir) or found
+        queue = queue_of(found)
+        found = adopted(found, queue)
+        end = _continued(found, queue, names, topped_up=found.unfinished, restore=found)
+    return {name: ids for name, ids in _added(found, end).items() if ids}
 
 
-def _new(before: Mapping[str, JobRecord], after: Mapping[str, JobRecord]) -> dict[str, tuple[int, ...]]:
-    """Ids that were added."""
-    return {name: job.ids[len(before[name].ids) :] for name, job in after.items()}
+def _lock(run_dir: Path) -> Path:
+    """Of the record: the folder itself may be locked by a job that runs in it."""
+    return lock.beside(run_dir / record.FILE)
+
+
+def _added(before: Record, after: Record) -> dict[str, tuple[int, ...]]:
+    return {name: job.ids[len(before.jobs[name].ids) :] for name, job in after.jobs.items()}
 
 
 def dependency(after: Sequence[int | str], link_count: int) -> str:
@@ -127,57 +157,136 @@ def dependency(after: Sequence[int | str], link_count: int) -> str:
     return ",".join(parts + ["singleton"] * (link_count > 1))
 
 
-def _queue_all(
-    run_dir: Path, todo: Mapping[str, JobRecord], waiting: Mapping[str, int] | None = None
-) -> dict[str, JobRecord]:
-    """Submit jobs in order; ``waiting``: the last id of other jobs that are in the queue already."""
-    last, out, sent = dict(waiting or {}), dict[str, JobRecord](), list[int]()
-    try:
-        for name, job in todo.items():
-            after = [last[needed] for needed in job.after if needed in last]
-            first = len(sent)
-            for _ in range(job.links):
-                sent.append(scheduler.sbatch(script_path(run_dir, name), dependency(after, job.links)))
-            last[name] = sent[-1]
-            out[name] = replace(job, ids=job.ids + tuple(sent[first:]))
-    except UserError:
-        scheduler.cancel(sent)
-        raise
-    return out
+def _continued(
+    found: Record,
+    queue: Sequence[Queued],
+    names: Collection[str] = (),
+    *,
+    topped_up: bool,
+    restore: Record | None,
+) -> Record:
+    """The record once all is queued that should be.
+
+    Args:
+        names: only these jobs; all without any.
+        topped_up: also the missing links of jobs of which some are queued.
+        restore: what the folder knows where Slurm refuses a job.
+    """
+    waiting = live(found, queue)
+    counts: dict[str, int] = {}
+    stale: list[JobId] = []
+    for name, job in found.jobs.items():
+        if record.done(found.run_dir, name) or (names and name not in names):
+            continue
+        queued = waiting[name]
+        if set(job.after) & set(counts):  # it waits for a job that is gone
+            stale += job.job_ids([q.id for q in queued])
+            queued = []
+        if not queued or (topped_up and len(queued) < job.links):
+            counts[name] = job.links - len(queued)
+    last = {name: jobs[-1].id for name, jobs in waiting.items() if jobs and name not in counts}
+    for name in counts:
+        for needed in found.jobs[name].after:
+            if needed not in counts and needed not in last and not record.done(found.run_dir, needed):
+                raise UserError(f"{name} needs {needed}, which has not succeeded; resume {needed} too")
+    scheduler.cancel(stale)
+    for name in counts:
+        (job_dir(found.run_dir, name) / "failures").unlink(missing_ok=True)
+    return _Sending(found, {q.id for q in queue}, restore).all(counts, last, bool(names))
 
 
-def _facts(chain: JobChain, command: Sequence[str]) -> dict[str, Any]:
-    return {
-        "submitted": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": list(command),
-        "source": str(chain.source.absolute()),
-        "cluster": str(chain.cluster_file or ""),
-        "commits": {
-            "recipe": commit(chain.source.absolute().parent),
-            "package": commit(Path(__file__).parent),
-        },
-        "python": sys.version.split()[0],
-        "packages": {name: _version(name) for name in PACKAGES},
-    }
+class _Sending:
+    """Jobs on their way into the queue; the record on the disk knows every id as soon as it is known at all."""
+
+    def __init__(self, found: Record, seen: Collection[int], restore: Record | None) -> None:
+        self.found, self.seen, self.restore = found, {*seen}, restore
+        self.sent: list[JobId] = []
+
+    def all(self, counts: Mapping[str, int], last: dict[str, int], some: bool) -> Record:
+        """Submit jobs in order, each so often; ``last``: ids of others that are in the queue already."""
+        try:
+            self.found.save()
+            for name, count in counts.items():
+                job = self.found.jobs[name]
+                after = [last[needed] for needed in job.after if needed in last]
+                for _ in range(count):
+                    last[name] = self._one(name, dependency(after, job.links))
+            self.found = replace(self.found, unfinished=self.found.unfinished and some)
+            self.found.save()
+        except (UserError, OSError) as error:
+            what = str(error) if isinstance(error, UserError) else f"{error.filename}: {error.strerror}"
+            raise UserError("\n".join([what, *self._taken_back()])) from None
+        except KeyboardInterrupt:
+            where = f"{self.found.run_dir / record.FILE} names what was queued"
+            print(
+                f"{where}; the same command goes on, `elastic-megatron cancel` takes it back", file=sys.stderr
+            )
+            raise
+        return self.found
+
+    def _one(self, name: str, wait: str) -> int:
+        """Submit a job once; its id."""
+        sent = scheduler.sbatch(script_path(self.found.run_dir, name), wait)
+        job = sent.job if sent.ok and sent.job is not None else self._looked_for(name, sent)
+        self.sent.append(job)
+        self.seen.add(job.number)
+        own = self.found.jobs[name]
+        # a cluster is named where it is another than the one that answers by itself
+        cluster = job.cluster if job.cluster and job.cluster != scheduler.own_cluster() else ""
+        jobs = {**self.found.jobs, name: replace(own, ids=(*own.ids, job.number), cluster=cluster)}
+        self.found = replace(self.found, jobs=jobs)
+        self.found.save()
+        return job.number
+
+    def _looked_for(self, name: str, sent: scheduler.Sent) -> JobId:
+        """The job in the queue, where sbatch's answer does not tell. Raises ``UserError`` where it was refused."""
+        said = _refused(name, sent)
+        unique = queue_name(self.found.run_dir, name)
+        where = [sent.job.cluster] if sent.job is not None else clusters(self.found.run_dir, name)
+        try:
+            found = scheduler.find(unique, self.seen, sent.open, where)
+        except UserError as error:
+            found, said = [], f"{said}\nwhether it is in the queue all the same cannot be known now: {error}"
+            sent = replace(sent, open=True)
+        if len(found) == 1:
+            if not sent.ok:
+                print(
+                    f"warning: {said}\nwarning: job {found[0].id} is in the queue nevertheless",
+                    file=sys.stderr,
+                )
+            return JobId(found[0].id, found[0].cluster)
+        if found:
+            said += (
+                f"\njobs {', '.join(str(q.id) for q in found)} may be it; scancel those that are not wanted"
+            )
+        elif sent.open:
+            self.restore = self.found  # with the name by which the job is found, should it appear later
+            said += (
+                f"\nshould job {unique} still appear, `status` shows it, and `submit` does not queue another"
+            )
+        raise UserError(said)
+
+    def _taken_back(self) -> list[str]:
+        """Cancel what was queued and restore the record; what there is to say of it."""
+        ids = ", ".join(str(job.number) for job in self.sent)
+        try:
+            scheduler.cancel(self.sent)
+        except UserError as error:
+            return [
+                f"job {ids}, queued before, could not be cancelled: {error}; `scancel {ids.replace(',', '')}`"
+            ]
+        try:
+            if self.restore is not None:
+                self.restore.save()
+            else:
+                (self.found.run_dir / record.FILE).unlink(missing_ok=True)
+        except OSError:
+            pass  # what stands there says that the submission was not finished, and its jobs are gone
+        return [f"job {ids}, queued before, was cancelled" if ids else "nothing was queued"]
 
 
-def commit(folder: Path) -> str | None:
-    """The git commit of a folder, ``+dirty`` where tracked files differ from it; ``None`` outside git."""
-    if shutil.which("git") is None:
-        return None
-
-    def git(*arguments: str) -> str | None:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30
-        )
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    head = git("rev-parse", "HEAD")
-    return head and head + ("+dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+def _refused(name: str, sent: scheduler.Sent) -> str:
+    """Slurm's words on a job, all of them."""
+    said = "sbatch refused" if not sent.open else "sbatch's answer leaves open what became of"
+    words = list(sent.words)
+    return f"{said} {name}: {words[0]}" if len(words) == 1 else "\n".join([f"{said} {name}:", *words])

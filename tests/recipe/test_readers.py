@@ -301,6 +301,7 @@ CONTAINERS = {
     "Docker": "{runtime: docker, image: image, mounts: [.]}",
     "NoContainer": "{runtime: none}",
 }
+EXPORTING = ("jobs.first.recipe=export.yaml",)
 CARD = ("cluster.gpu={name: own, memory_gib: 0.01, bf16_tflops: 100}",)
 CLUSTERS: dict[str, Case] = {
     "account": Case(job.scripts, "cluster.account=other", file="chain"),
@@ -328,6 +329,10 @@ CLUSTERS: dict[str, Case] = {
     "log_dir": Case(job.written, "cluster.log_dir=logs", file="chain"),
     "template": Case(job.scripts, "cluster.template=other.sbatch", file="chain"),
     "sbatch": Case(job.scripts, "cluster.sbatch.comment=other", file="chain"),
+    "export.account": Case(job.scripts, "cluster.export.account=other", EXPORTING, "chain"),
+    "export.partition": Case(job.scripts, "cluster.export.partition=cpu", EXPORTING, "chain"),
+    "export.qos": Case(job.scripts, "cluster.export.qos=long", EXPORTING, "chain"),
+    "export.sbatch": Case(job.scripts, "cluster.export.sbatch.mem=64G", EXPORTING, "chain"),
 }
 for variant, base in CONTAINERS.items():
     given, at = (f"cluster.container={base}",), f"container<{variant}>"
