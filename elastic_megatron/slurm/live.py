@@ -34,8 +34,11 @@ def queue_of(found: Record | None) -> list[Queued]:
 
 def live(found: Record, queue: Iterable[Queued]) -> dict[str, list[Queued]]:
     """Job of the chain -> what of it waits or runs, oldest first."""
-    queue = sorted(queue, key=lambda q: q.id)
-    return {name: [q for q in queue if _is(q, found, name, job)] for name, job in found.jobs.items()}
+    once = {q.id: q for q in queue}
+    return {
+        name: [once[id] for id in sorted(once) if _is(once[id], found, name, job)]
+        for name, job in found.jobs.items()
+    }
 
 
 def _is(queued: Queued, found: Record, name: str, job: JobRecord) -> bool:

@@ -73,7 +73,7 @@ def sbatch(script: Path, dependency: str = "") -> Sent:
     said = programs.run(["sbatch", "--parsable", *options, str(script)], TIMEOUT, env)
     job = answers.job_id(said.out + said.err)
     ok = said.status == 0 and not answers.refuses(said.lines)
-    lost = said.status in (0, None) or job is not None or answers.leaves_open(said.lines)
+    lost = ok or said.status is None or job is not None or answers.leaves_open(said.lines)
     return Sent(job, ok, lost, tuple(_words("sbatch", said)))
 
 
