@@ -15,14 +15,14 @@ from typing import Any
 
 from .. import __version__
 from ..checkpoint.tracker import TRACKER
-from ..errors import UserError
+from ..errors import BAD_INPUT, DIVERGED, UserError
 from ..recipe import JobChain, PlannedJob, Recipe, dump
 from ..recipe.cluster import Apptainer, Cluster, Docker, NoContainer, Pyxis
 from ..recipe.document import to_yaml
 from ..recipe.slurm import Links, Once
 
-# bad input does not get better
-FINAL = (2,)
+# neither bad input nor a run that diverged gets better by another attempt
+FINAL = (BAD_INPUT, DIVERGED)
 REQUIRED = ("directives", "tasks")
 RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import AGAIN, UserError
+from ..errors import AGAIN, BAD_INPUT, DIVERGED, UserError
 from ..recipe import Recipe, load
 from . import record, scheduler
 from .answers import JobId, Queued
@@ -24,6 +24,8 @@ _ENDS = {
     "DEADLINE": "past its deadline",
     "PREEMPTED": "preempted",
 }
+_FINALS = {BAD_INPUT: f"bad input (exit {BAD_INPUT})", DIVERGED: f"diverged (exit {DIVERGED}); see its log"}
+_STANDS = {"PENDING": "waiting", "RUNNING": "running", "COMPLETING": "stopping"}
 # of jobs that Slurm ended with TERM, and whose ranks saved
 _STOPS = {
     "TIMEOUT": "out of time, and saved; `resume` continues it",
@@ -72,7 +74,7 @@ def _state(found: Record, name: str, job: JobRecord, queued: list[Queued], silen
         state, detail = _in_queue(found, job, queued, tries)
     else:
         try:
-            state, detail = ("unknown", silent) if silent else _ended(found, name, job, tries)
+            state, detail = _unknown(silent, tries) if silent else _ended(found, name, job, tries)
         except UserError as error:
             state, detail = "unknown", str(error)
     id = queued[0].id if queued else tries[-1].id if tries else job.last
@@ -80,6 +82,14 @@ def _state(found: Record, name: str, job: JobRecord, queued: list[Queued], silen
     step, steps, loss = _progress(job_dir(found.run_dir, name) / "recipe.yaml")
     shown = str(log) if log.exists() else None
     return JobState(name, state, detail, id, len(tries), step, steps, loss, shown)
+
+
+def _unknown(silent: str, tries: list[Attempt]) -> tuple[str, str]:
+    """What is certain although Slurm does not answer."""
+    last = tries[-1].exit if tries else None
+    if last in _FINALS:
+        return "failed", _FINALS[last]
+    return "unknown", silent + (f"; its last attempt ended with exit {last}" if last is not None else "")
 
 
 def _in_queue(found: Record, job: JobRecord, queued: list[Queued], tries: list[Attempt]) -> tuple[str, str]:
@@ -113,13 +123,20 @@ def _ended(found: Record, name: str, job: JobRecord, tries: list[Attempt]) -> tu
             why = _STOPS.get(_last_word(last.id, job))
             return ("unfinished", why) if why else ("cancelled", "saved; `resume` continues it")
         if last.exit == AGAIN:
-            return "unfinished", "saved before its time was over; `resume` continues it"
+            why = (
+                "saved before its time was over"
+                if not count
+                else "exit 75 without a newer checkpoint, see its log"
+            )
+            return "unfinished", f"{why}; `resume` continues it"
         if last.why:
             return "failed", f"exit {last.exit}: {last.why}"
         times = f" for the {count}th time without a newer checkpoint" if count > 3 else ""
         times = {2: " twice in a row", 3: " three times in a row"}.get(count, times)
-        return "failed", "bad input (exit 2)" if last.exit == 2 else f"exit {last.exit}{times}"
+        return "failed", _FINALS.get(last.exit, f"exit {last.exit}{times}")
     word = _last_word(last.id if last else job.last, job)
+    if word in _STANDS:  # a squeue that does not show all
+        return _STANDS[word], "by scontrol's word"
     if word == "COMPLETED":
         return "done", "by Slurm's word; it left no note"
     if word == "CANCELLED" and last is None and job.after:

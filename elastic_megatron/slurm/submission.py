@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, of_os_error
 from ..files import lock, writing
 from ..recipe import JobChain
 from . import record, scheduler
@@ -214,8 +214,8 @@ class _Sending:
             self.found = replace(self.found, unfinished=self.found.unfinished and some)
             self.found.save()
         except (UserError, OSError) as error:
-            what = str(error) if isinstance(error, UserError) else f"{error.filename}: {error.strerror}"
-            raise UserError("\n".join([what, *self._taken_back()])) from None
+            cause = error if isinstance(error, UserError) else of_os_error(error) or UserError(str(error))
+            raise type(cause)("\n".join([str(cause), *self._taken_back()])) from None
         except KeyboardInterrupt:
             where = f"{self.found.run_dir / record.FILE} names what was queued"
             print(

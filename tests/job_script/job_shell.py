@@ -38,10 +38,20 @@ sys.exit(worst)
 SCONTROL = """
 import os, signal, sys
 if sys.argv[1:3] == ["show", "hostnames"]:
-    print("first\\nsecond")
+    sys.exit("unknown option") if "NO_HOSTNAMES" in os.environ else print("first\\nsecond")
 else:
-    open(os.environ["CALLS"] + "/scontrol", "a").write(" ".join(sys.argv[1:]) + "\\n")
+    calls = os.environ["CALLS"] + "/scontrol"
+    open(calls, "a").write(" ".join(sys.argv[1:]) + "\\n")
+    if len(open(calls).readlines()) <= int(os.environ.get("REFUSED_REQUEUES", "0")):
+        sys.exit("Requested operation is presently disabled")
     os.kill(os.getppid(), signal.SIGTERM)
+"""
+# the pauses between requeues that fail; other sleeps are real
+SLEEP = """
+import os, sys, time
+open(os.environ["CALLS"] + "/sleep", "a").write(sys.argv[1] + "\\n")
+if "REFUSED_REQUEUES" not in os.environ:
+    time.sleep(float(sys.argv[1]))
 """
 # a container has an environment of its own: apptainer takes over the task's, docker what it is told to
 CONTAINER = """
@@ -54,7 +64,10 @@ if name == "docker":
     env = {n: env[n] for n in [*named, "PATH", "CALLS", "FAKE"] if n in env}
 os.execvpe(sys.argv[image + 1], sys.argv[image + 1:], env)
 """
-SEEN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "WANDB_ENTITY")
+SEEN = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "WANDB_ENTITY",
+    "SRUN_DEBUG", "SLURM_MEM_PER_CPU",
+)  # fmt: skip
 # FAKE is shell: what a rank does
 ELASTIC = f"""
 import json, os, subprocess, sys
@@ -70,7 +83,7 @@ os.execvp(sys.argv[1 + len(flags)], sys.argv[1 + len(flags):])
 """
 PROGRAMS = {
     "srun": SRUN, "scontrol": SCONTROL, "docker": CONTAINER, "apptainer": CONTAINER, "elastic-megatron": ELASTIC,
-    "torchrun": TORCHRUN,
+    "torchrun": TORCHRUN, "sleep": SLEEP,
 }  # fmt: skip
 
 RECIPE = """\

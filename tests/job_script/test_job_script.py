@@ -35,6 +35,7 @@ def test_every_rank_learns_its_place_in_any_container(tmp_path: Path, runtime: s
     assert here.run(WANDB_ENTITY="team") == 0
     seen = [rank["environment"] for rank in here.ranks()]
     place = {"WORLD_SIZE": "4", "MASTER_ADDR": "first", "MASTER_PORT": str(15000 + 12345 % 10000)}
+    place |= {"SRUN_DEBUG": None, "SLURM_MEM_PER_CPU": None}
     assert seen == [
         place | {"RANK": str(r), "LOCAL_RANK": str(r % 2), "OMP_NUM_THREADS": "1", "WANDB_ENTITY": "team"}
         for r in range(4)

@@ -218,7 +218,7 @@ def test_a_cluster_that_sbatch_names_is_asked_from_then_on(site: Site) -> None:
     submit(site.chain())
     found = record.find(site.folder / "run")
     assert [job.cluster for job in found.jobs.values()] == ["north", "north"]
-    states(found), cancel(found)
+    assert states(found) and cancel(found)
     assert {"--clusters=north" in call for call in site.calls("squeue")[-2:] + site.calls("scancel")} == {
         True
     }
