@@ -62,6 +62,10 @@ class _Dequantised:
             }
             part_of.copy_(dequantise(self._form, rows | scalars, self._dtype))
 
+    def reread(self) -> Files:
+        """As ``Files.reread``, of codes and scales."""
+        return _Dequantised(self._files.reread(), self._form, self._dtype)
+
     def _packed(self, key: str) -> bool:
         return key.endswith("." + WEIGHT) and key.removesuffix(WEIGHT) + WEIGHT_SCALE in self._files.entries
 

@@ -55,7 +55,7 @@ _COMPLETE: Mapping[str, Any] = {
 }
 
 
-_BLOCK_TYPES = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
+BLOCK_TYPES = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 # second names of a field that transformers takes in place of the first; a stale one would win
 _SYNONYMS = {
     "mamba_expand": "expand",
@@ -157,7 +157,7 @@ def _own_layers(
         }
         top_k = {"num_experts_per_tok": shape.moe_router_topk} if symbol == "E" else {}
         blocks.append(
-            {"block_type": _BLOCK_TYPES[symbol], **{axis(a).hf: n for a, n in sizes.items()}, **top_k}
+            {"block_type": BLOCK_TYPES[symbol], **{axis(a).hf: n for a, n in sizes.items()}, **top_k}
         )
     return {
         "model_type": "nemotron_h_puzzle",

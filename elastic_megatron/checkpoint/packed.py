@@ -18,7 +18,7 @@ from ..quantization.packing import part_rows, scalars
 from .amax import Amax
 from .hf_keys import hf_keys
 from .hf_quantised import Quantised
-from .stored import Entry, ModelTensor, Piece, StoredModel, quantised_weights
+from .stored import Entry, Files, ModelTensor, Piece, StoredModel, quantised_weights
 
 # values of a weight that are in memory at once, besides the rows asked for
 _VALUES = 1 << 20
@@ -51,7 +51,8 @@ class _Packed:
         weights: Mapping[str, ModelTensor],
         amax: Mapping[str, Amax],
     ) -> None:
-        self._stored, self._form, self._weights, self._amax = stored, quantised.format, weights, amax
+        self._stored, self._quantised, self._weights, self._amax = stored, quantised, weights, amax
+        self._form = quantised.format
         self._parts = {
             part.renamed(name): (weight, part)
             for name, weight in weights.items()
@@ -93,6 +94,11 @@ class _Packed:
             rows = self._stored.rows(weight, start + first, start + first + len(part_of))
             part_of.copy_(part_rows(self._form, part, rows, amax.weight))
         return None
+
+    def reread(self) -> Files:
+        """As ``Files.reread``, of the weights that are packed."""
+        again = replace(self._stored, files=self._stored.files.reread())
+        return _Packed(again, self._quantised, self._weights, self._amax)
 
     def _shape(self, weight: ModelTensor, part: Part) -> tuple[int, ...]:
         """ModelOpt's exporter writes numbers as [], but the scale of FP8 inputs as [1]."""

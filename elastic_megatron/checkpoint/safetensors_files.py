@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files.reading import open_regular
+from .libraries import LibrarySafetensors
 from .raw import REMEDY, RawFiles
-from .stored import Entry
+from .stored import Entry, Files
 
 # all that the library gives to torch, and the scales of the MX formats, which torch knows by now
 DTYPES = {
@@ -69,6 +70,10 @@ class SafetensorsFiles:
         entry = self.entries[key]
         row_bytes = prod(entry.shape[1:]) * entry.dtype.itemsize
         self._raw.read(self.where[key], self._offsets[key] + start * row_bytes, out)
+
+    def reread(self) -> Files:
+        """As ``Files.reread``."""
+        return LibrarySafetensors(dict.fromkeys(self.where.values()))
 
 
 def read_header(file: Path) -> dict[str, tuple[Entry, int]]:

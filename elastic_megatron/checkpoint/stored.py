@@ -147,6 +147,10 @@ class Files(Protocol):
         """
         ...
 
+    def reread(self) -> Files:
+        """The same files, read by the library of their format instead of by our code."""
+        ...
+
 
 @dataclass(frozen=True)
 class StoredModel:
@@ -221,6 +225,9 @@ class Memory:
 
     def read(self, key: str, start: int, out: Tensor) -> None:
         out.copy_(self.state[key][start : start + len(out)])
+
+    def reread(self) -> Memory:
+        return self
 
 
 def in_memory(manifest: Manifest, state: Mapping[str, Tensor]) -> StoredModel:

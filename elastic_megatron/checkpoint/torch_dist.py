@@ -22,9 +22,10 @@ from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from ..errors import UserError
+from .libraries import LibraryTorchDist
 from .manifest import Manifest
 from .raw import REMEDY, RawFiles
-from .stored import DTYPES, Entry, ModelTensor, Piece, StoredModel, model_tensors
+from .stored import DTYPES, Entry, Files, ModelTensor, Piece, StoredModel, model_tensors
 from .torch_archive import find_values
 from .torch_dist_names import dist_pieces
 
@@ -87,6 +88,10 @@ class DistFiles:
             n = min(shape[1] - first, end - row)
             self._read(key, expert, first, out[row : row + n])
             row += n
+
+    def reread(self) -> Files:
+        """As ``Files.reread``."""
+        return LibraryTorchDist(self.folder)
 
     def chunks(self, key: str) -> list[_Chunk]:
         """The chunks of a tensor, in order of their rows. Raises ``UserError`` where ``.metadata`` is damaged."""

@@ -22,7 +22,6 @@ from ..checkpoint.hf_quantised import KEY, Quantised
 from ..checkpoint.hf_read import CONFIG, ELASTIC_CONFIG
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.nested import nested_manifest
-from ..checkpoint.safetensors_files import SafetensorsFiles
 from ..checkpoint.side_files import copy_side_files, side_files
 from ..checkpoint.stored import Entry, ModelTensor, StoredModel, stored_shapes
 from ..errors import UserError
@@ -34,9 +33,10 @@ from .copy import Progress, copy, threads
 from .cut import Model, cut_model, widened
 from .disk import check_space, flush, write_errors
 from .finite import Nonfinite, Watched
+from .hf_check import check_statements, read_back
 from .report import Report
 from .safetensors_shards import SafetensorsShards, nbytes
-from .verify import Comparison
+from .verify import compare
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -103,8 +103,8 @@ def to_hf(
         for folder, plan, sink in zip(folders, plans, sinks, strict=True):
             sink.shards.check()
             _complete(folder, plan, source)
-        if verify:
-            copy(source, models, [_written(f, p) for f, p in zip(folders, plans, strict=True)], progress)
+        for folder, plan in zip(folders, plans, strict=True) if verify else ():
+            _verify(folder, plan, source, progress)
         for lock in held:
             lock.check()
         for folder, target in zip(folders, targets, strict=True):
@@ -279,8 +279,8 @@ def _complete(folder: Path, plan: _Plan, source: StoredModel) -> None:
         flush(path)
 
 
-def _written(folder: Path, plan: _Plan) -> Comparison:
-    """What was written, by its own headers."""
-    files = SafetensorsFiles(sorted(folder.glob("*.safetensors")))
-    assert files.entries == plan.entries, f"{folder} has other tensors than planned"
-    return Comparison(StoredModel(folder, Manifest(plan.model.shape), files, hf_pieces))
+def _verify(folder: Path, plan: _Plan, source: StoredModel, progress: Progress | None) -> None:
+    """Raise ``UserError`` unless the directory holds what was planned, and nothing else."""
+    written = read_back(folder, plan.entries, plan.model)
+    check_statements(written, plan.model, plan.config, plan.manifest if plan.request.elastic else None)
+    compare(source, plan.model, written, progress)

@@ -13,20 +13,20 @@ from torch import Tensor
 
 from ..checkpoint import integrity, tracker
 from ..checkpoint.dequantised import dequantised
-from ..checkpoint.manifest import FILE
+from ..checkpoint.libraries import LibraryTorchDist
+from ..checkpoint.manifest import FILE, Manifest
 from ..checkpoint.side_files import copy_side_files
-from ..checkpoint.stored import ModelTensor, StoredModel
-from ..checkpoint.torch_dist import open_torch_dist
+from ..checkpoint.stored import Entry, ModelTensor, StoredModel, stored_shapes
 from ..checkpoint.torch_dist_names import dist_pieces
 from ..errors import UserError
 from ..files.lock import locked, within
-from .copy import Progress, copy
+from .copy import Progress
 from .cut import Model, cut_model, widened
 from .disk import check_space, flush, write_errors
 from .finite import Nonfinite
 from .report import Report
 from .torch_dist_files import write_torch_dist
-from .verify import Comparison
+from .verify import check_entries, compare, refuted
 
 
 def to_megatron(
@@ -78,7 +78,7 @@ def to_megatron(
         if source.side_files is not None:
             copy_side_files(source.side_files, source.manifest.hf_config, temporary / "hf")
         if verify:
-            copy(source, [model], [Comparison(open_torch_dist(temporary, source.manifest, None))], progress)
+            _verify(temporary, model, source, progress)
         flush(temporary / FILE)
         integrity.seal(temporary)
         lock.check()
@@ -91,6 +91,21 @@ def to_megatron(
         verified=verify,
         notes=[*widened(source, [model]), *filter(None, [warning])],
     )
+
+
+def _verify(folder: Path, model: Model, source: StoredModel, progress: Progress | None) -> None:
+    """Raise ``UserError`` unless torch finds in the folder what was planned, and nothing else."""
+    files, wanted = LibraryTorchDist(folder), dict[str, Entry]()
+    flat = stored_shapes(model.tensors, dist_pieces)
+    for cut in model.cuts:
+        experts = () if cut.target.expert is None else (cut.target.sizes["num_moe_experts"],)
+        for piece in dist_pieces(cut.target):
+            rows, *inner = flat[piece.key]
+            wanted[piece.key] = Entry((*experts, rows // prod(experts), *inner), cut.dtype)
+    check_entries(folder, files.entries, wanted)
+    if Manifest.read(folder / FILE) != source.manifest:
+        raise refuted(folder / FILE, "describes another model")
+    compare(source, model, StoredModel(folder, source.manifest, files, dist_pieces), progress)
 
 
 def _one_dtype_per_key(model: Model) -> Model:
