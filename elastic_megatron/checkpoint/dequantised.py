@@ -62,7 +62,7 @@ class _Dequantised:
             }
             part_of.copy_(dequantise(self._form, rows | scalars, self._dtype))
 
-    def reread(self) -> Files:
+    def reread(self) -> _Dequantised:
         """As ``Files.reread``, of codes and scales."""
         return _Dequantised(self._files.reread(), self._form, self._dtype)
 

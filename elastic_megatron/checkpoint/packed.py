@@ -18,7 +18,7 @@ from ..quantization.packing import part_rows, scalars
 from .amax import Amax
 from .hf_keys import hf_keys
 from .hf_quantised import Quantised
-from .stored import Entry, Files, ModelTensor, Piece, StoredModel, quantised_weights
+from .stored import Entry, ModelTensor, Piece, StoredModel, quantised_weights
 
 # values of a weight that are in memory at once, besides the rows asked for
 _VALUES = 1 << 20
@@ -95,7 +95,7 @@ class _Packed:
             part_of.copy_(part_rows(self._form, part, rows, amax.weight))
         return None
 
-    def reread(self) -> Files:
+    def reread(self) -> _Packed:
         """As ``Files.reread``, of the weights that are packed."""
         again = replace(self._stored, files=self._stored.files.reread())
         return _Packed(again, self._quantised, self._weights, self._amax)
