@@ -142,13 +142,16 @@ class _Record:
 
     @contextmanager
     def noting(self, wanted: Mapping[str, Any]) -> Iterator[None]:
-        """While directories are written: noted before, and no longer if that fails: they may be somebody else's."""
-        before = self.noted
-        self._write({**before, **wanted})
+        """While directories are written: noted before, and if that fails, only what is there.
+
+        Nothing where it was refused: what is there now is somebody else's, who was faster.
+        """
+        self._write({**self.noted, **wanted})
         try:
             yield
-        except BaseException:
-            self._write({name: what for name, what in before.items() if name not in wanted})
+        except BaseException as error:
+            gone = {name for name in wanted if type(error) is UserError or not Path(name).exists()}
+            self._write({name: what for name, what in self.noted.items() if name not in gone})
             raise
 
     def _write(self, noted: dict[str, Any]) -> None:
