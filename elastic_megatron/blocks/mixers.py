@@ -164,7 +164,8 @@ class ElasticTopKRouter(TopKRouter):
 def _excess(count: Tensor, present: Tensor, unit: int) -> Tensor:
     """[experts] fp64: tokens above the fair share among the experts that are present, times ``unit``.
 
-    ``unit`` is a multiple of the number of experts that are present, so every value is a whole number.
+    ``unit`` is a multiple of the number of experts that are present, so every value is a whole number. Where a mix that
+    is not finite has none, no expert has a share.
     """
-    share = count.sum() * (unit // present.sum())
+    share = count.sum() * (unit // present.sum().clamp_min(1))
     return unit * count - share * present

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import CheckpointException
 from .. import runtime
 from ..errors import RetryableError, UserError
 from . import integrity, tracker
-from .agreement import check_replicas, same_on_all_ranks
+from .agreement import check_finite, check_replicas, same_on_all_ranks
 from .amax import Amax, write_amax
 from .manifest import FILE, Manifest
 from .sharded_state import model_shards, named, sharding, without_missing_states
@@ -82,6 +82,7 @@ class Saver:
         from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
         self.directory, self.keep_last, self.async_save, self._check = directory, keep_last, async_save, check
+        self.published: Path | None = None  # the last one that this object completed
         self._queue = AsyncCallsQueue()
 
     def save(
@@ -105,7 +106,8 @@ class Saver:
             amax: of a quantised model, those of the whole of it, on the first rank at least.
 
         Raises ``UserError`` where the files can never be written, and ``RetryableError`` where that may pass: a full
-        disk, a file server that does not answer, a budget router that differs between ranks.
+        disk, a file server that does not answer, a budget router that differs between ranks. Of them ``NonFiniteError``
+        is raised before anything is written, where a weight or a number of the optimizer is not finite.
         """
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -116,6 +118,7 @@ class Saver:
         self.finish()
         _forget_results()
         check_replicas(chunks)
+        check_finite(chunks, optimizer, f"what would be checkpoint {iteration} of {self.directory}")
         with same_on_all_ranks(f"{self.directory} cannot be written"):
             if _rank() == 0:
                 self._check()
@@ -185,6 +188,7 @@ class Saver:
                 self._check()
                 tracker.publish(self.directory, iteration)
                 tracker.prune(self.directory, self.keep_last)
+        self.published = tracker.folder(self.directory, iteration)
 
 
 def load(path: Path, chunks: Sequence[nn.Module], *, optimizer: Any = None) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from ..checkpoint.hf_quantised import stored_bytes
 from ..cost import account
 from ..errors import UserError
 from ..recipe import JobChain, PlannedJob
-from ..recipe.training import cached_bytes, tokens_after
+from ..recipe.objective import cached_bytes
+from ..recipe.training import tokens_after
 from ..space import ElasticSpace, SubmodelSpec
 from .family import Families, Family, Found, destinations
 from .paths import nearest, writable

@@ -10,7 +10,7 @@ from ..files.targets import nearest, writable
 from ..recipe import JobChain, PlannedJob
 from ..recipe.deploy import RECORD
 from ..recipe.elastic import LatencyBudget
-from ..recipe.training import CACHE_HEADER
+from ..recipe.objective import CACHE_HEADER
 from .family import Found, ancestors, destinations
 
 

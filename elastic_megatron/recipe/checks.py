@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from elastic_megatron.recipe.deploy import Export, Quantize
 from elastic_megatron.recipe.elastic import Budgets, Router, Space
 from elastic_megatron.recipe.model import Model
-from elastic_megatron.recipe.training import Data, Loss, Parallel, Stage, Teacher
+from elastic_megatron.recipe.objective import Loss, Teacher
+from elastic_megatron.recipe.training import Data, Parallel, Stage
 from elastic_megatron.recipe.types import Problem, did_you_mean
 from elastic_megatron.space import replicas_per_draw
 

@@ -8,16 +8,15 @@ from elastic_megatron.recipe import checks
 from elastic_megatron.recipe.deploy import Export, Quantize
 from elastic_megatron.recipe.elastic import Budgets, Rank, Router, Space
 from elastic_megatron.recipe.model import Model
+from elastic_megatron.recipe.objective import Loss, Teacher
 from elastic_megatron.recipe.slurm import Slurm
 from elastic_megatron.recipe.training import (
     Checkpoint,
     Data,
     Log,
-    Loss,
     Optimizer,
     Parallel,
     Stage,
-    Teacher,
 )
 from elastic_megatron.recipe.types import Count, FilePath, Name, Section, raise_any
 

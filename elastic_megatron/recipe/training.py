@@ -173,62 +173,6 @@ def tokens_after(steps: int, stages: Sequence[Stage]) -> int:
     return tokens
 
 
-class Teacher(Section):
-    """The frozen model that is distilled."""
-
-    checkpoint: FilePath | None = Field(
-        default=None, description="Directory of the teacher's checkpoints; default: the parent itself."
-    )
-    cache: FilePath | None = Field(
-        default=None,
-        description="Folder that keeps what the teacher says of every sequence, so that later runs over the same ones "
-        "need not ask again; the loss then distils top_k entries and all others as one.",
-    )
-    top_k: Positive = Field(
-        default=64,
-        description="Most probable entries of the vocabulary that the cache keeps for a token, 6 bytes each; at most "
-        "all.",
-    )
-    cache_only: Switch = Field(
-        default=False, description="Hold no teacher in memory: the cache has every sequence already."
-    )
-
-
-# in a teacher's cache: whose it is
-CACHE_HEADER = "teacher.json"
-
-
-def cached_bytes(tokens: int, top_k: int) -> int:
-    """What a teacher's cache keeps of tokens: of each entry 4 bytes of its id and 2 of its place, and 4 of the rest."""
-    return tokens * (6 * top_k + 4)
-
-
-class Loss(Section):
-    """The training objective."""
-
-    kind: Literal["forward_kl", "reverse_kl", "cross_entropy"] = Field(
-        default="forward_kl",
-        description="Distillation from the teacher (forward: KL(teacher || student)), or plain text.",
-    )
-    temperature: PositiveFloat = Field(default=1.0, description="Softmax temperature of teacher and student.")
-    ce_weight: Fraction = Field(
-        default=0.0, description="w of (1 - w) x distillation + w x cross-entropy on the text."
-    )
-    chunk: Positive | None = Field(
-        default=None,
-        description="Tokens whose logits exist at a time; default: half the hidden size, at least 64.",
-    )
-    recompute: Switch = Field(
-        default=False,
-        description="Make the logits again for the backward pass, in place of keeping the gradient of the output "
-        "layer from the loss until then.",
-    )
-    moe_aux_loss: Rate = Field(default=0.0, description="Weight of the sequence-level load-balancing loss.")
-    moe_bias_update_rate: Rate = Field(
-        default=0.0, description="Step of the moe_router's correction bias towards equal load (0: frozen)."
-    )
-
-
 class Parallel(Section):
     """Sizes of the parallel groups."""
 

@@ -15,7 +15,7 @@ from torch import nn
 from .. import runtime
 from ..blocks import SlicedModel, build_chunks, build_elastic_model, build_model
 from ..checkpoint import tracker
-from ..checkpoint.agreement import ROUTER
+from ..checkpoint.agreement import ROUTER, check_finite
 from ..checkpoint.hf_quantised import Quantised
 from ..checkpoint.resolve import budgets
 from ..checkpoint.source import Source, open_source
@@ -108,6 +108,7 @@ def build_student(
             _check_router(source)
             chunks[0].budget_router = router
     source.fill(chunks)
+    check_finite(chunks, what=str(source.path))
     if router is not None:
         chunks[0].budget_router = router
     if rounding is not None:
@@ -268,6 +269,7 @@ def build_teacher(recipe: Recipe, source: Source) -> list[nn.Module]:
         build = partial(build, moe_token_dispatcher_type=recipe.parallel.dispatcher)
     teacher = build_chunks(lambda vp_stage: build(vp_stage=vp_stage))
     chosen.fill(teacher)
+    check_finite(teacher, what=str(chosen.path))
     return [chunk.requires_grad_(False).eval() for chunk in teacher]
 
 

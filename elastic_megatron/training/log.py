@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -14,13 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..files.writing import write_text
+from .spikes import Spikes
 
 
 class RunLog:
     """Writes ``metrics.jsonl`` and TensorBoard events; shows a bar on a terminal and plain lines elsewhere.
 
     Only the main rank constructs one with ``active``; the others' calls do nothing. Lines of steps after
-    ``resumed_at`` are removed on opening, so that a resumed run's file reads like an uninterrupted one.
+    ``resumed_at`` are removed on opening, so that a resumed run's file reads like an uninterrupted one. Numbers that
+    are not finite, which JSON does not have, are written as null. ``spikes`` marks steps whose loss stands out.
     """
 
     def __init__(
@@ -33,14 +36,15 @@ class RunLog:
         interval: int,
         tensorboard: bool,
         active: bool,
+        spikes: Spikes | None = None,
     ) -> None:
         self.active = active
         if not active:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "metrics.jsonl"
-        _truncate(self.path, resumed_at)
-        self.file = self.path.open("a", buffering=1)
+        self.spikes = spikes
+        self._open(resumed_at)
         self.interval = interval
         self.title = title
         self.total = total
@@ -66,9 +70,15 @@ class RunLog:
         """One optimiser step: appended always, shown at the log interval."""
         if not self.active:
             return
+        step, spike = line["step"], self.spikes.seen(line) if self.spikes is not None else None
+        if spike is not None:
+            line = {**line, "spike": round(spike, 2)}
+            self.say(
+                f"step {step}: loss {line['loss']:.4f} is a spike, {spike:.1f} deviations above the median"
+            )
         self._write(line)
-        step = line["step"]
-        note = f"loss {line['loss']:.4f}  lr {line['lr']:.1e}"
+        loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
+        note = f"loss {loss}  lr {line['lr']:.1e}"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, note=note)
         elif step % self.interval == 0 or step == self.total:
@@ -80,8 +90,16 @@ class RunLog:
                 if line.get(key) is not None:
                     self.writer.add_scalar(f"train/{key}", line[key], step)
 
+    def rewound(self, step: int, facts: Mapping[str, Any]) -> None:
+        """The run goes back to the state after ``step``: lines of later ones go, a ``{"rewind": ...}`` line comes."""
+        if not self.active:
+            return
+        self.file.close()
+        self._open(step)
+        self.event("rewind", {"step": step, **facts})
+
     def event(self, kind: str, value: Mapping[str, Any]) -> None:
-        """A ``{"eval": ...}`` or ``{"router": ...}`` line."""
+        """A ``{"eval": ...}``, ``{"router": ...}`` or ``{"rewind": ...}`` line."""
         if not self.active:
             return
         self._write({kind: value})
@@ -100,8 +118,17 @@ class RunLog:
             self.writer = _tensorboard(self.tensorboard)
         return self.writer is not None
 
+    def _open(self, resumed_at: int) -> None:
+        """Continue the file after a step; the lines that stay say which losses are usual."""
+        kept = _truncate(self.path, resumed_at)
+        if self.spikes is not None:
+            self.spikes.forget()
+            for line in kept:
+                self.spikes.seen(line)
+        self.file = self.path.open("a", buffering=1)
+
     def _write(self, line: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps(line) + "\n")
+        self.file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
 
     def close(self) -> None:
         if not self.active:
@@ -121,20 +148,36 @@ class RunLog:
         self.close()
 
 
-def _truncate(path: Path, resumed_at: int) -> None:
-    """Drop lines of steps after the checkpoint that the run resumes from, and a line cut short by a crash."""
-    if not path.exists():
-        return
-    kept = []
-    for text in path.read_text().splitlines():
+def _finite(value: Any) -> Any:
+    """A value of JSON with null for every number that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _truncate(path: Path, resumed_at: int) -> list[dict[str, Any]]:
+    """Drop lines of steps after the checkpoint that the run resumes from, and a line cut short by a crash.
+
+    Returns the lines that stay.
+    """
+    texts: list[str] = []
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(line, dict):
             continue
         step = line.get("step", next((v.get("step", 0) for v in line.values() if isinstance(v, dict)), 0))
         if step <= resumed_at:
-            kept.append(text)
-    write_text(path, "".join(f"{text}\n" for text in kept))
+            texts.append(text)
+            lines.append(line)
+    if path.exists():
+        write_text(path, "".join(f"{text}\n" for text in texts))
+    return lines
 
 
 def _tensorboard(folder: Path) -> Any:

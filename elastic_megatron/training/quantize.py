@@ -13,6 +13,7 @@ from torch import nn
 from ..blocks import build_chunks, forward_only, running
 from ..blocks.forward import Batch
 from ..checkpoint import distributed, tracker
+from ..checkpoint.agreement import check_finite
 from ..checkpoint.amax import Amax, amax_of
 from ..checkpoint.hf_quantised import Quantised
 from ..checkpoint.manifest import FILE, Manifest
@@ -138,6 +139,7 @@ def _quantize(folder: HeldFolder, recipe: Recipe, given: Quantizable) -> Calibra
         lambda vp_stage: bare_model(recipe, manifest.shape, space, vp_stage=vp_stage, **overrides).eval()
     )
     source.fill(chunks)
+    check_finite(chunks, what=str(source.path))
     found = linears(chunks, recipe, manifest.shape, quantised)
     judge = _Judge(recipe, chunks, build_teacher(recipe, source), space, family)
     with RunLog(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..blocks import build_chunks, build_model, forward_only
 from ..checkpoint import distributed
-from ..checkpoint.agreement import same_on_all_ranks
+from ..checkpoint.agreement import check_finite, same_on_all_ranks
 from ..checkpoint.resolve import elastic_space
 from ..checkpoint.sort import sort_model, sort_space
 from ..checkpoint.source import Source
@@ -71,6 +71,7 @@ def _rank(recipe: Recipe, source: Source, space: ElasticSpace, folder: HeldFolde
     how = {"dtype": DTYPES[recipe.model.dtype], "moe_token_dispatcher_type": recipe.parallel.dispatcher}
     chunks = build_chunks(lambda vp_stage: build_model(space.parent, vp_stage=vp_stage, **how).eval())
     source.fill(chunks)
+    check_finite(chunks, what=str(source.path))
     ranking, error = sort_by_importance(recipe, chunks, space, samples, show=main)
     with same_on_all_ranks(f"{recipe.run_dir} cannot be written"):
         if main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from ..recipe import Recipe
 from ..router import BudgetRouter, RouterStep, Schedule, budget_loss
 from .distill import DistilledChunk
 from .teacher_cache import Lesson
+
+LOGGED = ("tokens", "loss", "kd_loss", "router_loss")
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,27 @@ class ForwardStep:
             total = total + self.settings.loss_weight * share * weighted
             sums |= {"router_loss": router_loss * weighted, "loss": total}
         return total, counted.to(torch.int), {name: value.detach() for name, value in sums.items()}
+
+
+def reduced(
+    outputs: Sequence[Mapping[str, Tensor]], flags: Sequence[float], device: torch.device
+) -> tuple[dict[str, float], list[float]]:
+    """Per-token means of what micro-batches log, over the global batch, and the sums of ``flags`` over all ranks.
+
+    Args:
+        outputs: of this rank's micro-batches; only the last pipeline stage has any, and its tensor ranks the same.
+    """
+    counted = outputs if runtime.groups().tp.rank() == 0 else []
+    sums = torch.zeros(len(LOGGED) + len(flags), dtype=torch.float64, device=device)
+    for i, name in enumerate(LOGGED):
+        for output in counted:
+            sums[i] += output.get(name, 0.0)
+    sums[len(LOGGED) :] = torch.tensor(flags)
+    torch.distributed.all_reduce(sums)
+    tokens, *means = sums.tolist()[: len(LOGGED)]
+    # without a token there is no mean
+    found = {n: v / tokens if tokens else math.nan for n, v in zip(LOGGED[1:], means, strict=True)}
+    return found, sums.tolist()[len(LOGGED) :]
 
 
 def _running(model: Any, mix: SubmodelMix | None, batch: MicroBatch) -> AbstractContextManager[None]:

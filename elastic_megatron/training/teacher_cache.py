@@ -34,7 +34,7 @@ from ..ops.parallel import zigzag, zigzag_order
 from ..ops.top_block import TopLogits
 from ..ops.top_logits import top_logits
 from ..recipe import Recipe
-from ..recipe.training import CACHE_HEADER, cached_bytes
+from ..recipe.objective import CACHE_HEADER, cached_bytes
 
 _FORMAT = 1
 _PATIENCE_SECONDS = 60.0

@@ -4,40 +4,40 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .. import runtime
 from ..checkpoint import distributed, tracker
+from ..checkpoint.agreement import NonFiniteError
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.resolve import budgets, elastic_space
 from ..checkpoint.source import Source
 from ..errors import UserError
 from ..ops.mix import SubmodelMix
 from ..recipe import Recipe
-from ..router.table import router_line
-from ..space import ElasticSpace, SubmodelSpec
-from .batches import Batches, eval_batch_size, eval_windows
+from ..space import ElasticSpace
+from .assess import Assessment
+from .batches import Batches
 from .build import Model, build_student, build_teacher, open_teacher_cache
 from .curriculum import Curriculum, LearningRate
 from .datasets import check_files
-from .evaluate import evaluate
+from .divergence import DivergenceWatch, ExpertBiases, gradient_norm
 from .family import family_of, parent_source
 from .held_folder import HeldFolder, held_folder
 from .log import RunLog
 from .quantize import quantizable, quantize_into, rounding_of
 from .quantizers import Rounding
+from .rewind import rewind
 from .signals import StopSignal
+from .spikes import Spikes
 from .start import start
-from .step import ForwardStep
+from .step import ForwardStep, reduced
 from .teacher_cache import TeacherCache
 from .versions import versions
-
-LOGGED = ("tokens", "loss", "kd_loss", "router_loss")
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,11 @@ def _train(
     rounding = rounding_of(recipe, saved) if recipe.quantize is not None and saved is not None else None
     cache = open_teacher_cache(recipe, source)
     model = build_student(recipe, source, space, build_teacher(recipe, source), rounding)
-    # what `quantize` saved are the weights that the student has, and no optimizer
-    resumed = saved is not None and not (rounding is not None and tracker.iteration(saved) == 0)
-    state = distributed.load(saved, model.chunks, optimizer=model.optimizer) if resumed else {"step": 0}
+    state: dict[str, Any] = {"step": 0}
+    if saved is not None and _resumable(saved, rounding):
+        state = distributed.load(saved, model.chunks, optimizer=model.optimizer)
     first, curriculum = int(state["step"]), Curriculum(recipe)
+    watch = DivergenceWatch(recipe.loss, recipe.stages, state)
     manifest = replace(
         source.manifest,
         space=space if recipe.budgets else source.manifest.space,
@@ -113,12 +114,15 @@ def _train(
     checkpoint = recipe.checkpoint
     with RunLog(
         recipe.run_dir, title=recipe.name, total=recipe.last_step, resumed_at=first,
-        interval=recipe.log.interval, tensorboard=recipe.log.tensorboard, active=main,
+        interval=recipe.log.interval, tensorboard=recipe.log.tensorboard, active=main, spikes=Spikes(recipe.loss),
     ) as log, distributed.Saver(
         recipe.run_dir / "checkpoints", keep_last=checkpoint.keep_last, async_save=checkpoint.async_save,
         check=folder.check,
     ) as saver:  # fmt: skip
-        run = _Run(recipe, curriculum, model, manifest, source, folder, saver, log, stop, rounding, cache)
+        saver.published = saved
+        run = _Run(
+            recipe, curriculum, model, manifest, source, folder, saver, log, stop, rounding, cache, watch
+        )
         return run.steps(first)
 
 
@@ -127,25 +131,25 @@ class _Run:
 
     def __init__(self, recipe: Recipe, curriculum: Curriculum, model: Model, manifest: Manifest,
                  source: Source, folder: HeldFolder, saver: distributed.Saver, log: RunLog, stop: StopSignal,
-                 rounding: Rounding | None, cache: TeacherCache | None) -> None:  # fmt: skip
+                 rounding: Rounding | None, cache: TeacherCache | None,
+                 watch: DivergenceWatch) -> None:  # fmt: skip
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         self.recipe, self.curriculum, self.model, self.log, self.stop = recipe, curriculum, model, log, stop
         self.manifest, self.source, self.folder, self.saver = manifest, source, folder, saver
-        self.rounding = rounding
+        self.rounding, self.watch, self.biases = rounding, watch, ExpertBiases(model.chunks)
         self.forward_backward = get_forward_backward_func()
-        self.groups = runtime.groups()
         self.device = next(model.chunks[0].parameters()).device
-        self.frozen = family_of(recipe, manifest) if recipe.router_frozen else {}
+        frozen = family_of(recipe, manifest) if recipe.router_frozen else {}
         # the whole model is a mix too, so that ranks that draw different budgets count tokens alike
         mixes = {
             name: SubmodelMix.one_hot(model.space, spec, self.device)
-            for name, spec in self.frozen.items()
+            for name, spec in frozen.items()
             if model.space is not None
         }
         self.forward_step = ForwardStep(recipe, model.router, curriculum.total_steps, mixes, model.submodels)
         self.batches = Batches(curriculum, manifest.shape.vocab_size, self.device, cache)
-        self.windows = eval_windows(recipe)
+        self.assessment = Assessment(recipe, model, manifest, frozen, rounding)
         for chunk in model.ddp:
             chunk.config.finalize_model_grads_func = self._finalize
 
@@ -155,22 +159,57 @@ class _Run:
         if asked := self._asked_to_stop():
             return self._interrupted(asked, first, "stopped before the first step")
         self.batches.check_known(first, total)
-        for step in range(first, total):
+        done, owed = first, False
+        while done < total:
             if self.folder.lost:
                 self.stop.ask(signal.SIGTERM)  # all ranks go to save, where they are told together
-            asked = self._one_step(step, rates.set(step))
+            step = done
+            passed, rate = step in self.watch.skipped, rates.set(step)
+            asked = self._pass_over(step, rate) if passed else self._one_step(step, rate)
             self.saver.poll()
             done = step + 1
-            saves = done == total or asked or checkpoint.due(done, stages)
-            if saves or _due(done, self.recipe.log.eval_interval):
-                with self.model.gathered():
+            trouble, saves = self.watch.what() if self.watch.diverged(last=done == total) else None, False
+            if trouble is None:
+                # a state right after a step without an update waits for one that had one
+                owed = owed or done == total or bool(asked) or checkpoint.due(done, stages)
+                saves = owed and not self.watch.streak
+                owed = owed and not saves
+                trouble = self._milestone(done, saves=saves)
+            if trouble is not None:
+                done = self._rewind(done, trouble)
+                rates = LearningRate(self.model.optimizer, self.recipe.optimizer, self.curriculum)
+                continue
+            if asked and done < total:
+                what = f"saved step {done}" if saves else f"step {done} had no update, so nothing was saved"
+                return self._interrupted(asked, done, what)
+        return Outcome(self.saver.directory, total, total, None, self.log.active)
+
+    def _milestone(self, done: int, *, saves: bool) -> str | None:
+        """Save and evaluate where that is due; says what is not finite of what would have been saved."""
+        evaluates = done == self.recipe.last_step or _due(done, self.recipe.log.eval_interval)
+        if saves or evaluates:
+            with self.model.gathered():
+                try:
                     if saves:
                         self._save(done)
-                    if done == total or _due(done, self.recipe.log.eval_interval):
-                        self._report(done)
-            if asked and done < total:
-                return self._interrupted(asked, done, f"saved step {done}")
-        return Outcome(self.saver.directory, total, total, None, self.log.active)
+                except NonFiniteError as error:
+                    return error.what
+                if evaluates:
+                    temperatures = self.forward_step.temperatures(done - 1)
+                    self.assessment.report(self.log, done, self.watch.tokens_after(done), temperatures)
+        return None
+
+    def _rewind(self, done: int, what: str) -> int:
+        """Go back, if the recipe says so, or end; returns the steps that are done then."""
+        self.saver.finish()
+        good = self.saver.published
+        resumable = good is not None and _resumable(good, self.rounding)
+        return rewind(self.model, self.saver, self.watch, self.log, done=done, what=what, resumable=resumable)
+
+    def _pass_over(self, step: int, lr: float) -> signal.Signals | None:
+        """A step whose samples are left out."""
+        self.log.step(self._line(step, {}, lr) | {"updated": False, "skipped": True})
+        return self._asked_to_stop()
 
     def _asked_to_stop(self) -> signal.Signals | None:
         """The signal that some rank received, the same on all, so that they leave together."""
@@ -190,6 +229,7 @@ class _Run:
         for chunk in model.ddp:
             chunk.zero_grad_buffer()
         model.optimizer.zero_grad()
+        self.biases.keep()
         self.forward_step.begin()
         several = len(model.ddp) > 1
         outputs = self.forward_backward(
@@ -202,24 +242,31 @@ class _Run:
             decoder_seq_length=place.stage.seq_length,
             forward_only=False,
         )
-        updated, grad_norm, _ = model.optimizer.step()
-        sums, asked = self._reduced(outputs)
-        line = {
+        sums, flags = reduced(outputs, self.stop.flags(), self.device)
+        values = sums | {"grad_norm": gradient_norm(model.optimizer)}
+        broken = self.watch.judge(step, values)
+        updated = not broken and bool(model.optimizer.step()[0])
+        if not updated:
+            self.biases.restore()
+        line = self._line(step, values, lr) | {"updated": updated} | ({} if updated else {"skipped": True})
+        line |= {"nonfinite": broken} if broken else {}
+        self.log.step(line | {"step_ms": round(1e3 * (time.perf_counter() - began), 2)})
+        return self.stop.agreed(flags)
+
+    def _line(self, step: int, values: Mapping[str, float], lr: float) -> dict[str, Any]:
+        """What is logged of a step; ``values`` are absent where it was not run."""
+        place, distils = self.curriculum.place(step), self.recipe.loss.kind != "cross_entropy"
+        return {
             "step": step + 1,
             "stage": place.stage.name,
-            "tokens": self.curriculum.tokens_after(step + 1),
-            "loss": sums["loss"],
-            "kd_loss": sums["kd_loss"] if self.recipe.loss.kind != "cross_entropy" else None,
-            "router_loss": sums["router_loss"] if model.router is not None else None,
+            "tokens": self.watch.tokens_after(step + 1),
+            "loss": values.get("loss"),
+            "kd_loss": values.get("kd_loss") if distils else None,
+            "router_loss": values.get("router_loss") if self.model.router is not None else None,
             "budget": self.batches.budgets(place) if self.recipe.budgets else None,
             "lr": lr,
-            "grad_norm": float(grad_norm or 0.0),
-            "step_ms": round(1e3 * (time.perf_counter() - began), 2),
+            "grad_norm": values.get("grad_norm"),
         }
-        if not updated or line["loss"] != line["loss"]:
-            line["skipped"] = True
-        self.log.step(line)
-        return asked
 
     def _finalize(self, *args: Any, **kwargs: Any) -> None:
         """Megatron's reduction of gradients, with the router's among them."""
@@ -228,64 +275,21 @@ class _Run:
         self.forward_step.finish()
         finalize_model_grads(*args, **kwargs)
 
-    def _reduced(self, outputs: list[dict[str, Tensor]]) -> tuple[dict[str, float], signal.Signals | None]:
-        """Per-token means over the global batch, and the signal that some rank received.
-
-        Only the last pipeline stage has outputs, and its tensor ranks have the same ones.
-        """
-        counted, flags = outputs if self.groups.tp.rank() == 0 else [], self.stop.flags()
-        sums = torch.zeros(len(LOGGED) + len(flags), dtype=torch.float64, device=self.device)
-        for i, name in enumerate(LOGGED):
-            for output in counted:
-                sums[i] += output.get(name, 0.0)
-        sums[len(LOGGED) :] = torch.tensor(flags)
-        torch.distributed.all_reduce(sums)
-        tokens, *means = sums.tolist()[: len(LOGGED)]
-        asked = self.stop.agreed(sums.tolist()[len(LOGGED) :])
-        return {n: v / tokens for n, v in zip(LOGGED[1:], means, strict=True)}, asked
-
-    def submodels(self) -> dict[str, SubmodelSpec]:
-        """What the router would choose now, per budget; the widths that are frozen."""
-        router = self.model.router
-        if router is None:
-            return self.frozen
-        return {b.name: router.choose(b) for b in self.manifest.budgets}
-
-    def _report(self, done: int) -> None:
-        """Evaluate every submodel, and log what the router chooses."""
-        submodels = self.submodels()
-        if self.model.router is not None:
-            self.log.event(
-                "router",
-                router_line(self.model.router, submodels, done, **self.forward_step.temperatures(done - 1)),
-            )
-        if self.windows:
-            quantised = self.rounding is not None
-            taught = quantised or self.frozen
-            results = evaluate(
-                [pair if taught else pair.alone() for pair in self.model.pairs],
-                self.model.space,
-                submodels,
-                self.windows,
-                batch_size=eval_batch_size(self.recipe),
-            )
-            line = {"step": done, "tokens": self.curriculum.tokens_after(done), "submodels": results}
-            if quantised:
-                line["weights"] = self.rounding.quantised.format.name
-            self.log.event("eval", line)
-            shown = "  ".join(f"{n} {r['loss']:.4f}" for n, r in results.items())
-            self.log.say(f"step {done}: nats per token: {shown}")
-
     def _save(self, done: int) -> None:
         self.saver.save(
             done,
             self.model.chunks,
-            replace(self.manifest, submodels=self.submodels()),
+            replace(self.manifest, submodels=self.assessment.submodels()),
             optimizer=self.model.optimizer,
-            state={"step": done, "tokens": self.curriculum.tokens_after(done)},
+            state={"step": done, "tokens": self.watch.tokens_after(done), **self.watch.state()},
             hf_files=self.source.hf_files,
             amax=self.rounding.amax if self.rounding is not None else None,
         )
+
+
+def _resumable(saved: Path, rounding: Rounding | None) -> bool:
+    """What ``quantize`` saved are the weights that the student has from its parent, and no optimizer."""
+    return rounding is None or tracker.iteration(saved) > 0
 
 
 def _due(step: int, interval: int) -> bool:

@@ -127,7 +127,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "manifest": (Manifest, "write"),
     "side files": (shutil, "copy2"),
     "rename": (Path, "rename"),
-    "tracker": (os, "replace"),
+    "tracker": (tracker, "write_text"),
     "pruning": (tracker, "prune"),
 }
 
