@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -45,6 +46,8 @@ from elastic_megatron.training import (
     teacher_cache,
     train,
 )
+from elastic_megatron.training.divergence import DivergenceWatch
+from elastic_megatron.training.spikes import Spikes
 
 
 class Stop(Exception):
@@ -398,3 +401,21 @@ def run(recipe: Recipe) -> Any:
 
 def _without_times(text: str) -> str:
     return re.sub(r'"step_ms": [\d.]+|about \d+ s left', "", text)
+
+
+def divergence(recipe: Recipe) -> object:
+    """What follows of losses that are not finite, one after another, with a checkpoint to go back to."""
+    watch, told = DivergenceWatch(recipe.loss, recipe.stages, {}), []
+    for done in range(8):
+        watch.judge(done, {"loss": math.nan})
+        if watch.diverged(last=False):
+            told.append((done, watch.may_rewind(), str(watch.error("loss", recipe.run_dir))))
+            watch.rewind(watch.streak)
+    return told
+
+
+def spikes(recipe: Recipe) -> object:
+    """Which of ever larger steps stand out of the noise before them."""
+    seen = Spikes(recipe.loss)
+    losses = [2 + 0.1 * math.sin(7 * n) + 1.05**n * (n % 5 == 4) for n in range(100)]
+    return [seen.seen({"stage": "one", "loss": loss}) is not None for loss in losses]

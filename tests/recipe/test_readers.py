@@ -217,6 +217,11 @@ ROUTER: dict[str, Case] = {
     "loss.ce_weight": Case(run.losses, "loss.ce_weight=0.5"),
     "loss.chunk": Case(run.logit_blocks, "loss.chunk=5"),
     "loss.recompute": Case(run.logit_blocks, "loss.recompute=true"),
+    "loss.divergence_patience": Case(run.divergence, "loss.divergence_patience=2"),
+    "loss.on_divergence": Case(run.divergence, "loss.on_divergence=rewind"),
+    "loss.max_rewinds": Case(run.divergence, "loss.max_rewinds=1", ("loss.on_divergence=rewind", "loss.divergence_patience=1")),
+    "loss.spike_window": Case(run.spikes, "loss.spike_window=8"),
+    "loss.spike_threshold": Case(run.spikes, "loss.spike_threshold=100"),
 }  # fmt: skip
 OPTIMIZER: dict[str, Case] = {
     "optimizer.lr": Case(run.learning_rates, "optimizer.lr=2e-3"),
