@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.activations import squared_relu  # its fused kernels know it by this function
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -14,11 +15,6 @@ from torch import nn
 from .. import runtime
 from ..space import ElasticSpace, ParentShape, SubmodelSpec, stage_layers
 from .specs import elastic_hybrid_stack_spec, sliced_stack_spec, with_mamba_sizes
-
-
-def squared_relu(x: torch.Tensor) -> torch.Tensor:
-    """relu(x)^2, the activation of the Nemotron-H family."""
-    return torch.square(torch.nn.functional.relu(x))
 
 
 def transformer_config(parent: ParentShape, dtype: torch.dtype, **overrides: Any) -> TransformerConfig:

@@ -128,6 +128,9 @@ def _parallel_switches(parallel: Parallel) -> Iterator[Problem]:
         yield Problem(("parallel", "sequence"), "needs parallel.tensor above 1")
     if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
         yield Problem(("parallel", "virtual_pipeline"), "needs parallel.pipeline above 1")
+    if parallel.shared_expert_overlap and parallel.dispatcher == "allgather":
+        text = "needs parallel.dispatcher=alltoall or flex, which give it something to overlap with"
+        yield Problem(("parallel", "shared_expert_overlap"), text)
 
 
 def _world_size(parallel: Parallel) -> Iterator[Problem]:

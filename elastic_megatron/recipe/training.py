@@ -198,8 +198,18 @@ class Parallel(Section):
         description="Overlap gradient reduction (and, with the distributed optimizer, parameter gathering) "
         "with computing.",
     )
-    dispatcher: Literal["alltoall", "allgather"] = Field(
-        default="alltoall", description="How tokens reach experts on other ranks."
+    dispatcher: Literal["alltoall", "allgather", "flex"] = Field(
+        default="alltoall",
+        description="How tokens reach experts on other ranks; flex: by DeepEP's kernels, which must be installed.",
+    )
+    fused_experts: Switch = Field(
+        default=True,
+        description="On a GPU, fuse what surrounds the GEMMs of experts: permutation of tokens, squared ReLU with the "
+        "router's weights.",
+    )
+    shared_expert_overlap: Switch = Field(
+        default=False,
+        description="Run shared experts while tokens travel, on a stream of their own; not with dispatcher allgather.",
     )
     recompute: Literal["none", "full"] = Field(
         default="none", description="full: keep only each layer's input and compute the rest again."

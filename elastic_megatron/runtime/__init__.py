@@ -5,7 +5,7 @@ without one it starts gloo and installs the adaptations of :mod:`.cpu`, so that 
 runs on a laptop.  Importing it costs torch; Megatron is imported inside the functions.
 """
 
-from elastic_megatron.runtime.config import transformer_config_defaults
+from elastic_megatron.runtime.config import fused_experts, transformer_config_defaults
 from elastic_megatron.runtime.cpu import ADAPTATIONS, adapt
 from elastic_megatron.runtime.device import Layout, Runtime, adopt, groups, layout, start, stop
 from elastic_megatron.runtime.launch import die_with_parent
@@ -19,6 +19,7 @@ __all__ = [
     "adapt",
     "adopt",
     "die_with_parent",
+    "fused_experts",
     "groups",
     "hybrid_stack_spec",
     "layout",

@@ -42,6 +42,15 @@ def transformer_config_defaults() -> dict[str, Any]:
     }
 
 
+def fused_experts() -> dict[str, bool]:
+    """Fields for fused kernels around expert GEMMs, where this machine has them."""
+    cuda = torch.cuda.is_available()
+    return {
+        "use_fused_weighted_squared_relu": cuda,
+        "moe_permute_fusion": cuda and _has_transformer_engine(),
+    }
+
+
 def _has_transformer_engine() -> bool:
     from megatron.core.extensions.transformer_engine import HAVE_TE
 

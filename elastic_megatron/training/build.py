@@ -27,6 +27,7 @@ from ..router import BudgetRouter
 from ..router.loss import relative_target
 from ..space import ElasticSpace, ParentShape
 from .distill import DistilledChunk
+from .experts import expert_execution, moe_overrides
 from .family import DTYPES
 from .overlap import Submodels
 from .quantizers import QuantisedLinears, Rounding, round_alike
@@ -243,19 +244,6 @@ def _optimizer(recipe: Recipe, ddp: list[Any], dtype: torch.dtype) -> Any:
     return get_megatron_optimizer(settings, ddp, config_overrides=groups)
 
 
-def moe_overrides(recipe: Recipe, source: Source) -> dict[str, Any]:
-    """Load-balancing settings of the recipe, for models that have experts."""
-    if not source.manifest.shape.num_moe_experts:
-        return {}
-    aux = recipe.loss.moe_aux_loss
-    return {
-        "moe_token_dispatcher_type": recipe.parallel.dispatcher,
-        "moe_router_load_balancing_type": "seq_aux_loss" if aux else "none",
-        "moe_aux_loss_coeff": aux,
-        "moe_router_bias_update_rate": recipe.loss.moe_bias_update_rate,
-    }
-
-
 def build_teacher(recipe: Recipe, source: Source) -> list[nn.Module]:
     """Chunks of the frozen parent (or another checkpoint) in evaluation mode.
 
@@ -266,7 +254,7 @@ def build_teacher(recipe: Recipe, source: Source) -> list[nn.Module]:
     chosen = teacher_source(recipe, source)
     build = partial(build_model, chosen.manifest.shape, dtype=DTYPES[recipe.model.dtype])
     if chosen.manifest.shape.num_moe_experts:
-        build = partial(build, moe_token_dispatcher_type=recipe.parallel.dispatcher)
+        build = partial(build, **expert_execution(recipe))
     teacher = build_chunks(lambda vp_stage: build(vp_stage=vp_stage))
     chosen.fill(teacher)
     check_finite(teacher, what=str(chosen.path))

@@ -25,11 +25,12 @@ from ..ops.mix import SubmodelMix
 from ..recipe import Recipe
 from ..space import ElasticSpace, SubmodelSpec
 from .batches import eval_batch_size, eval_windows
-from .build import bare_model, build_teacher, linears, moe_overrides
+from .build import bare_model, build_teacher, linears
 from .calibration import CalibrationData, shown
 from .datasets import check_files, dataset
 from .distill import DistilledChunk
 from .evaluate import evaluate
+from .experts import moe_overrides
 from .family import family_of, parent_source
 from .held_folder import HeldFolder, held_folder
 from .log import RunLog

@@ -24,6 +24,7 @@ from ..recipe import Recipe
 from ..space import ElasticSpace
 from .calibration import CalibrationData, shown
 from .datasets import dataset
+from .experts import expert_execution
 from .family import DTYPES, parent_source
 from .held_folder import HeldFolder, held_folder
 from .start import start_whole_stages
@@ -68,7 +69,7 @@ def _rank(recipe: Recipe, source: Source, space: ElasticSpace, folder: HeldFolde
     """Build, score, sort and save, on ranks that have been joined."""
     settings = recipe.rank
     samples = dataset(recipe, recipe.data.train, seq_length=settings.seq_length, num_samples=settings.samples)
-    how = {"dtype": DTYPES[recipe.model.dtype], "moe_token_dispatcher_type": recipe.parallel.dispatcher}
+    how = {"dtype": DTYPES[recipe.model.dtype], **expert_execution(recipe)}
     chunks = build_chunks(lambda vp_stage: build_model(space.parent, vp_stage=vp_stage, **how).eval())
     source.fill(chunks)
     check_finite(chunks, what=str(source.path))

@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import nn
 
-from elastic_megatron import conversion
+from elastic_megatron import conversion, runtime
 from elastic_megatron.blocks import build_model, model
 from elastic_megatron.checkpoint import distributed
 from elastic_megatron.checkpoint import source as checkpoint_source
@@ -106,6 +106,12 @@ def model_config(recipe: Recipe) -> Any:
         build.build_student(recipe, source_of(recipe), None)
     (config, *_), options = caught.value.seen  # type: ignore[misc]
     return plain(vars(config)), plain(options)
+
+
+def model_config_with_kernels(recipe: Recipe) -> Any:
+    """The same where fused kernels are installed."""
+    with patched(fused_experts=(runtime, lambda: {"use_fused_weighted_squared_relu": True})):
+        return model_config(recipe)
 
 
 def mixer(recipe: Recipe) -> Any:

@@ -142,6 +142,8 @@ LAYOUT: dict[str, Case] = {
     "parallel.distributed_optimizer": Case(run.communication, "parallel.distributed_optimizer=false"),
     "parallel.overlap": Case(run.communication, "parallel.overlap=true"),
     "parallel.dispatcher": Case(run.model_config, "parallel.dispatcher=allgather"),
+    "parallel.fused_experts": Case(run.model_config_with_kernels, "parallel.fused_experts=false"),
+    "parallel.shared_expert_overlap": Case(run.model_config, "parallel.shared_expert_overlap=true"),
     "parallel.recompute": Case(run.model_config, "parallel.recompute=full"),
 }  # fmt: skip
 MODEL: dict[str, Case] = {

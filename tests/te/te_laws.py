@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
@@ -21,6 +22,7 @@ standin.install()
 
 import laws  # noqa: E402
 import torch  # noqa: E402
+from megatron.core.transformer.moe import experts  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from elastic_megatron import runtime  # noqa: E402
@@ -54,7 +56,8 @@ def te_spec() -> Any:
 def build(te: bool) -> Any:
     runtime.start(seed=0)
     spec = te_spec() if te else runtime.hybrid_stack_spec("local")
-    model = build_elastic_model(SPACE, dtype=torch.float32, spec=spec, moe_grouped_gemm=te)
+    fused = {"moe_grouped_gemm": te, "use_fused_weighted_squared_relu": te}
+    model = build_elastic_model(SPACE, dtype=torch.float32, spec=spec, **fused)
     return laws.randomise(model).train()
 
 
@@ -112,7 +115,11 @@ def execution() -> Iterator[tuple[str, float]]:
     te, local = pair()
     kinds = {type(m).__name__ for m in te.modules()}
     assert {"TELayerNormColumnParallelLinear", "TERowParallelLinear", "TEGroupedMLP"} <= kinds, kinds
-    whole = masked(te, soft())
+    with mock.patch.object(
+        experts, "weighted_squared_relu_impl", wraps=experts.weighted_squared_relu_impl
+    ) as fused:
+        whole = masked(te, soft())
+    assert fused.called
     yield "soft masks, TE against local", error(whole, masked(local, soft()))
     with laws.recomputing(te, "uniform"):
         yield "soft masks, recomputed against kept", error(masked(te, soft()), whole)

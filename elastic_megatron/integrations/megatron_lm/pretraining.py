@@ -31,10 +31,11 @@ from ...errors import UserError
 from ...importance import Ranking
 from ...space import SubmodelSpec
 from ...training.batches import micro_batches
-from ...training.build import build_router, build_teacher, moe_overrides
+from ...training.build import build_router, build_teacher
 from ...training.curriculum import Curriculum
 from ...training.datasets import check_tokens
 from ...training.evaluate import evaluate
+from ...training.experts import moe_overrides
 from ...training.rank import sort_by_importance
 from ...training.step import ForwardStep, MicroBatch
 from ...training.versions import versions
