@@ -352,7 +352,8 @@ def quantising(recipe: Recipe) -> Any:
         newest=(quantize.tracker, lambda _: None),
         check_files=(quantize, lambda _: None),
         start_whole_stages=(quantize, lambda *_: SimpleNamespace(rank=1)),
-        same_on_all_ranks=(quantize, lambda _: contextlib.nullcontext()),
+        held_folder=(quantize, lambda *_: contextlib.nullcontext(SimpleNamespace(describe=lambda _: None))),
+        check_finite=(quantize, lambda *_, **__: None),
         build_chunks=(quantize, lambda _: [chunk]),
         build_teacher=(quantize, lambda *_: []),
         QuantisedLinears=(build, Linears),
@@ -394,7 +395,7 @@ def run(recipe: Recipe) -> Any:
 
     class Saver(distributed.Saver):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            savers.append((args, kwargs))
+            savers.append((args, plain(kwargs)))
             super().__init__(*args, **{**kwargs, "async_save": False})
 
     with patched(Saver=(distributed, Saver)), contextlib.redirect_stderr(said):
