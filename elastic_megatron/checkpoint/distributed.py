@@ -28,6 +28,7 @@ from ..errors import RetryableError, UserError
 from . import integrity, tracker
 from .agreement import check_finite, check_replicas, same_on_all_ranks
 from .amax import Amax, write_amax
+from .dist_check import check_folder
 from .manifest import FILE, Manifest
 from .sharded_state import model_shards, named, sharding, without_missing_states
 from .side_files import copy_side_files
@@ -194,17 +195,18 @@ class Saver:
 def load(path: Path, chunks: Sequence[nn.Module], *, optimizer: Any = None) -> dict[str, Any]:
     """Load weights (and optimizer) from an ``iter_*`` folder into built chunks; returns the saved ``state``.
 
-    Collective over all ranks, which share the work of verifying the files.
+    Collective over all ranks, which share the work of verifying the files; nothing that a file names runs.
 
-    Raises ``UserError`` on all ranks where a file is missing, damaged or of a later release, or the weights do
-    not fit the model.
+    Raises ``UserError`` on all ranks where a file is missing, damaged, hostile or of a later release, or the weights
+    do not fit the model.
     """
     from megatron.core import dist_checkpointing
 
     with same_on_all_ranks(f"{path} cannot be read"):
         Manifest.read(path / FILE)  # first: it knows the releases that cannot be read
         integrity.verify(path, _rank(), torch.distributed.get_world_size())
-    shards = without_missing_states(model_shards(chunks), path)
+        saved = check_folder(path, _rank(), torch.distributed.get_world_size())
+    shards = without_missing_states(model_shards(chunks), saved.objects)
     if optimizer is not None:
         shards["optimizer"] = optimizer.sharded_state_dict(shards, is_loading=True, metadata=sharding())
     with same_on_all_ranks(f"{path} cannot be read"):

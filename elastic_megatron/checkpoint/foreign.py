@@ -6,7 +6,7 @@ state (an object among the shards, ``common.pt`` in older releases), Megatron-Br
 
 from __future__ import annotations
 
-from argparse import Namespace
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,16 +14,18 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import UserError
 from ..files.json_files import read_object
+from ..files.reading import inside
 from ..space import ParentShape
 from ..space.parent import LAYER_FIELDS
-from .common_state import GIVE_CONFIG, DistMetadata, UnreadableError
+from .common_state import GIVE_CONFIG, DistState, UnreadableError
+from .dist_metadata import reading
 from .manifest import FILE, Manifest
+from .pickle_names import Attributes, Unknown
 from .resolve import CONFIG, hf_shape
 from .tracker import TRACKER, folder
+from .yaml_files import read_yaml
 
 BACKEND = "metadata.json"
 RUN_CONFIG = "run_config.yaml"
@@ -61,6 +63,8 @@ _NUMERICS_MOE: Mapping[str, tuple[Any, ...]] = {
     "moe_apply_probs_on_input": (False, None),
     "moe_expert_capacity_factor": (None,),
 }
+# of a value: characters, and items of a list
+_TEXT, _LIST = 10_000, 64
 # lengths and tilings of a run, which no weight and no number depends on
 _OF_THE_RUN = ("max_position_embeddings", "mamba_chunk_size")
 
@@ -117,7 +121,7 @@ class _Description:
 
     where: str
     fields: Mapping[str, Any]
-    metadata: DistMetadata
+    metadata: DistState
 
     @cached_property
     def pattern(self) -> str:
@@ -184,14 +188,38 @@ class _Description:
 
 
 def _read(folder: Path) -> _Description | None:
-    metadata, file = DistMetadata(folder), folder / RUN_CONFIG
-    if file.exists():
-        return _Description(str(file), _of_bridge(file), metadata)
+    metadata, file = DistState(folder), folder / RUN_CONFIG
+    if os.path.lexists(file):
+        return _Description(str(file), _of_bridge(inside(folder, RUN_CONFIG, folder)), metadata)
     common = metadata.common()
     args = common.get("args") if isinstance(common, dict) else None
-    if not isinstance(args, Namespace):
+    if not isinstance(args, Attributes):
         return None
-    return _Description(f"{folder} (its arguments)", _of_arguments(vars(args)), metadata)
+    return _Description(f"{folder} (its arguments)", _of_arguments(_plain(args.fields)), metadata)
+
+
+def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What can be compared and shown: numbers, words and short lists of them; of the rest, that it is something else.
+
+    A few bytes of a pickle or of YAML make lists of lists that never end.
+    """
+    return {name: _value(value) for name, value in fields.items() if isinstance(name, str)}
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, dict) and _is_scalar(
+        name := value.get("_target_")
+    ):  # a function, whatever package it is from
+        return str(name).rsplit(".", 1)[-1]
+    if isinstance(value, list | tuple) and len(value) <= _LIST and all(map(_is_scalar, value)):
+        return value
+    return value if _is_scalar(value) or isinstance(value, Unknown) else Unknown(type(value).__name__)
+
+
+def _is_scalar(value: Any) -> bool:
+    if isinstance(value, int):
+        return abs(value) < 1 << 63
+    return value is None or isinstance(value, float) or (isinstance(value, str) and len(value) <= _TEXT)
 
 
 def _of_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,30 +244,9 @@ def _of_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_bridge(file: Path) -> dict[str, Any]:
     """Fields of the model's config, which a provider has itself and a config of models keeps in ``transformer``."""
-    try:
-        model = yaml.safe_load(file.read_text())["model"]
-        fields = {**model, **(model.get("transformer") or {})}
-    except (
-        OSError,
-        UnicodeDecodeError,
-        yaml.YAMLError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as e:
-        reason = str(e).splitlines()[0] if str(e) else ""
-        raise UnreadableError(
-            f"{file} cannot be read ({type(e).__name__}: {reason}); copy it again, or {GIVE_CONFIG}"
-        ) from None
-    return {n: _function(v) for n, v in fields.items()}
-
-
-def _function(value: Any) -> Any:
-    """A function by its name, whatever package it is from."""
-    if isinstance(value, dict) and isinstance(value.get("_target_"), str):
-        return value["_target_"].rsplit(".", 1)[-1]
-    return value
+    with reading(file, f"copy it again, or {GIVE_CONFIG}", UnreadableError):
+        model = read_yaml(file)["model"]
+        return _plain({**model, **(model.get("transformer") or {})})
 
 
 def _named(root: Path) -> Path | None:

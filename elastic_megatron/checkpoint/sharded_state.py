@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Container, Sequence
 from typing import Any
 
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader
 
 from .. import runtime
 from .agreement import ROUTER
@@ -30,12 +28,14 @@ def model_shards(chunks: Sequence[nn.Module]) -> dict[str, Any]:
     return shards
 
 
-def without_missing_states(shards: dict[str, Any], path: Path) -> dict[str, Any]:
+def without_missing_states(shards: dict[str, Any], stored: Container[str]) -> dict[str, Any]:
     """``shards`` of Transformer Engine's modules, less their FP8 states where a model without it was saved.
 
     Its modules ask for such a state always; in BF16 it is empty.
+
+    Args:
+        stored: the keys of the objects of the checkpoint.
     """
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
     return {
         name: {
             key: shard

@@ -8,20 +8,19 @@ begin is looked up in the archive, and rows are read from there.
 from __future__ import annotations
 
 import bisect
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, Metadata
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from ..errors import UserError
+from ..files.json_files import read_object
+from ..files.reading import open_regular
+from .dist_metadata import Chunk, is_tiling, read_metadata
 from .libraries import LibraryTorchDist
 from .manifest import Manifest
 from .raw import REMEDY, RawFiles
@@ -48,7 +47,7 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True, slots=True)
-class _Chunk:
+class StoredChunk:
     """A box of a tensor, and the archive of its values: ``length`` bytes of ``file`` from ``at``."""
 
     offsets: tuple[int, ...]
@@ -68,13 +67,13 @@ class DistFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        metadata, self._tensors = _read_metadata(folder)
-        self._storage = metadata.storage_data
+        self.metadata = read_metadata(folder)
         self.entries = {
-            key: Entry(tuple(tensor.size), tensor.properties.dtype) for key, tensor in self._tensors.items()
+            key: Entry(tuple(tensor.size), tensor.properties.dtype)
+            for key, tensor in self.metadata.tensors.items()
         }
         self._raw = RawFiles()
-        self._grids: dict[str, tuple[list[_Chunk], list[int], int]] = {}
+        self._grids: dict[str, tuple[list[StoredChunk], list[int], int]] = {}
         self._values: dict[tuple[Path, int], int] = {}
 
     def read(self, key: str, start: int, out: Tensor) -> None:
@@ -93,7 +92,7 @@ class DistFiles:
         """As ``Files.reread``."""
         return LibraryTorchDist(self.folder)
 
-    def chunks(self, key: str) -> list[_Chunk]:
+    def chunks(self, key: str) -> list[StoredChunk]:
         """The chunks of a tensor, in order of their rows. Raises ``UserError`` where ``.metadata`` is damaged."""
         return self._grid(key)[0]
 
@@ -103,41 +102,43 @@ class DistFiles:
         for key in keys:
             for chunk in self.chunks(key):
                 if chunk.file not in sizes:
-                    try:
-                        sizes[chunk.file] = chunk.file.stat().st_size
-                    except OSError as e:
-                        raise UserError(
-                            f"{chunk.file} cannot be read ({e.strerror}), and holds a part of {key!r}; {REMEDY}"
-                        ) from None
+                    sizes[chunk.file] = _size(chunk.file, key)
                 if chunk.at + chunk.length > sizes[chunk.file]:
                     raise UserError(
                         f"{chunk.file} has {sizes[chunk.file]} bytes, and a part of {key!r} ends at "
                         f"{chunk.at + chunk.length}; {REMEDY}"
                     )
 
-    def _grid(self, key: str) -> tuple[list[_Chunk], list[int], int]:
+    def _grid(self, key: str) -> tuple[list[StoredChunk], list[int], int]:
         """The chunks by their first row, these rows, and the largest extent along them."""
         if key not in self._grids:
-            chunks = [self._chunk(key, c) for c in self._tensors[key].chunks]
-            chunks = sorted({c.offsets: c for c in chunks}.values(), key=lambda c: c.offsets)
-            if sum(prod(c.sizes) for c in chunks) != prod(self.entries[key].shape):
-                raise UserError(f"{self.folder}: the chunks of {key!r} do not add up to its shape; {REMEDY}")
+            entry, found = self.entries[key], self.metadata.tensors[key].chunks
+            chunks = [
+                self._chunk(key, c) for c in sorted({c.offsets: c for c in found}.values(), key=_offsets)
+            ]
+            if not is_tiling(entry.shape, ((c.offsets, c.sizes) for c in chunks)):
+                raise UserError(
+                    f"{self.folder}: the chunks of {key!r} do not add up to its shape, each place once; {REMEDY}"
+                )
             tops = [c.offsets[0] if c.offsets else 0 for c in chunks]
             longest = max((c.sizes[0] for c in chunks if c.sizes), default=0)
             self._grids[key] = chunks, tops, longest
         return self._grids[key]
 
-    def _chunk(self, key: str, chunk: Any) -> _Chunk:
-        where = self._storage.get(MetadataIndex(key, chunk.offsets))
-        if where is None:
-            raise UserError(f"{self.folder / '.metadata'} does not say where {key!r} is; {REMEDY}")
-        file = self.folder / where.relative_path
-        if getattr(where, "transform_descriptors", None):
+    def _chunk(self, key: str, chunk: Chunk) -> StoredChunk:
+        where = self.metadata.place(key, chunk.offsets)
+        file = self.metadata.file(where)
+        if where.transform_descriptors:
             raise UserError(
                 f"{file} holds {key!r} transformed by {list(where.transform_descriptors)}, which cannot be read; "
                 "save the checkpoint without extensions"
             )
-        return _Chunk(tuple(chunk.offsets), tuple(chunk.sizes), file, where.offset, where.length)
+        if prod(chunk.sizes) * self.entries[key].dtype.itemsize > where.length:
+            raise UserError(
+                f"{file}: the tensor saved at byte {where.offset} is no torch archive of {list(chunk.sizes)} values of "
+                f"{key!r}, but {where.length} bytes; {REMEDY}"
+            )
+        return StoredChunk(chunk.offsets, chunk.sizes, file, where.offset, where.length)
 
     def _read(self, key: str, expert: int | None, start: int, out: Tensor) -> None:
         """Rows of a tensor, or of one expert of a stack of them."""
@@ -166,7 +167,7 @@ class DistFiles:
                 f"{start + len(out)} of {key!r}; {REMEDY}"
             )
 
-    def _copy(self, key: str, chunk: _Chunk, first: int, target: Tensor) -> None:
+    def _copy(self, key: str, chunk: StoredChunk, first: int, target: Tensor) -> None:
         """Fill ``target`` with the values of a chunk from number ``first`` on."""
         entry, place = self.entries[key], (chunk.file, chunk.at)
         if place not in self._values:
@@ -183,21 +184,6 @@ class DistFiles:
             position += buffer.nbytes
 
 
-def _read_metadata(folder: Path) -> tuple[Metadata, dict[str, TensorStorageMetadata]]:
-    file = folder / ".metadata"
-    try:
-        metadata = FileSystemReader(folder).read_metadata()
-        items = metadata.state_dict_metadata.items()
-        tensors = {key: item for key, item in items if isinstance(item, TensorStorageMetadata)}
-        if not isinstance(metadata.storage_data, dict):
-            raise TypeError("it does not say where the tensors are")
-        return metadata, tensors
-    except OSError as e:
-        raise UserError(f"{file} cannot be read ({e.strerror}); {REMEDY}") from None
-    except Exception as e:  # damaged pickles raise all kinds
-        raise UserError(f"{file} is damaged ({type(e).__name__}: {e}); {REMEDY}") from None
-
-
 def open_torch_dist(folder: Path, manifest: Manifest, side_files: Path | None) -> StoredModel:
     """Open a checkpoint folder and check what it says of itself: names, shapes, dtypes, files, but no values.
 
@@ -207,7 +193,7 @@ def open_torch_dist(folder: Path, manifest: Manifest, side_files: Path | None) -
     Raises ``UserError`` where it is of another kind, a tensor is missing, unknown, of another shape or quantised, or a
     file is missing or too short; nothing is dropped in silence.
     """
-    _check_backend(folder)
+    check_backend(folder)
     files = DistFiles(folder)
     prefix = next((p for p in _PREFIXES if p + _EMBEDDING in files.entries), "")
     found = {t.name: _find(files, prefix, t) for t in model_tensors(manifest.shape)}
@@ -224,20 +210,30 @@ def open_torch_dist(folder: Path, manifest: Manifest, side_files: Path | None) -
     return StoredModel(folder, manifest, files, lambda tensor: found[tensor.name], side_files)
 
 
-def _check_backend(folder: Path) -> None:
+def check_backend(folder: Path) -> None:
+    """Raises ``UserError`` where a folder is no ``torch_dist`` checkpoint."""
     file = folder / "metadata.json"
-    try:
-        data = json.loads(file.read_text())
-        backend, version = data["sharded_backend"], data.get("sharded_backend_version", 1)
-    except OSError as e:
-        raise UserError(f"{file} cannot be read ({e.strerror}); is {folder} a Megatron checkpoint?") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{file} is damaged ({type(e).__name__}: {e}); {REMEDY}") from None
+    data = read_object(file, f"is {folder} a Megatron checkpoint?", REMEDY)
+    backend, version = data.get("sharded_backend"), data.get("sharded_backend_version", 1)
     if (backend, version) != ("torch_dist", 1):
         raise UserError(
-            f"{folder} is a {backend!r} checkpoint of version {version!r}; save it with Megatron as 'torch_dist', "
-            "version 1"
+            f"{folder} is a {backend!r:.40} checkpoint of version {version!r:.40}; save it with Megatron as "
+            "'torch_dist', version 1"
         )
+
+
+def _size(file: Path, key: str) -> int:
+    try:
+        with open_regular(file) as f:
+            return f.seek(0, 2)
+    except OSError as e:
+        raise UserError(
+            f"{file} cannot be read ({e.strerror}), and holds a part of {key!r}; {REMEDY}"
+        ) from None
+
+
+def _offsets(chunk: Chunk) -> tuple[int, ...]:
+    return chunk.offsets
 
 
 def _find(files: DistFiles, prefix: str, tensor: ModelTensor) -> tuple[Piece, ...]:

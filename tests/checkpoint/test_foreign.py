@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from torch import Tensor
 
-from elastic_megatron.checkpoint.common_state import DistMetadata
+from elastic_megatron.checkpoint.common_state import DistState
 from elastic_megatron.checkpoint.foreign import foreign_folder, foreign_manifest
 from elastic_megatron.checkpoint.manifest import FILE, Manifest
 from elastic_megatron.checkpoint.stored import ModelTensor, model_tensors
@@ -147,8 +147,7 @@ def _slow_truth(path: Path, tensor: ModelTensor, loaded: dict[str, Tensor]) -> T
     pieces = []
     for piece in dist_pieces(tensor):
         if piece.key not in loaded:
-            entry = DistMetadata(path).content.state_dict_metadata[piece.key]
-            assert isinstance(entry, dcp.metadata.TensorStorageMetadata)
+            entry = DistState(path).metadata.tensors[piece.key]
             state = {piece.key: torch.empty(entry.size, dtype=entry.properties.dtype)}
             dcp.load(state, checkpoint_id=path, no_dist=True)
             loaded |= state
@@ -185,7 +184,7 @@ def test_arguments_are_read_as_megatron_itself_reads_them(written: Path, name: s
     from megatron.core import dist_checkpointing
 
     path = written / name / "iter_0000002"
-    ours = vars(DistMetadata(path).common()["args"])
+    ours = DistState(path).common()["args"].fields
     theirs = vars(dist_checkpointing.load_common_state_dict(str(path))["args"])
     assert ours.keys() == theirs.keys()
     plain = {k: v for k, v in theirs.items() if isinstance(v, (bool, int, float, str, type(None), list))}
@@ -361,7 +360,7 @@ def test_a_checkpoint_that_says_nothing_needs_a_config(tmp_path: Path) -> None:
         (PROVIDER | {"mamba_num_groups": 3}, "mamba_num_heads=4 is not a multiple of mamba_num_groups=3"),
         (PROVIDER | {"hidden_size": None}, "hidden_size.*; correct it, or give --config"),
         (PROVIDER | {"hidden_size": "24", "mamba_num_groups": "x"}, "correct it, or give --config"),
-        ("nothing", r"run_config.yaml cannot be read \(\w+: .*; copy it again, or give --config"),
+        ("nothing", r"run_config.yaml is damaged \(\w+: .*; copy it again, or give --config"),
     ],
 )
 def test_a_damaged_run_config_is_named(tmp_path: Path, model: Any, message: str) -> None:
@@ -373,7 +372,7 @@ def test_a_damaged_run_config_is_named(tmp_path: Path, model: Any, message: str)
 def test_a_run_config_that_is_no_yaml_is_named_unless_a_config_says_all(tmp_path: Path) -> None:
     path = folder(tmp_path / "iter_0000001")
     (path / "run_config.yaml").write_text("model: [\n")
-    with pytest.raises(UserError, match="run_config.yaml cannot be read") as e:
+    with pytest.raises(UserError, match="run_config.yaml is damaged") as e:
         foreign_manifest(path, None)
     assert "\n" not in str(e.value)
     assert foreign_manifest(path, hf_config(tmp_path / "hf")).shape == SHAPE
@@ -383,7 +382,7 @@ def test_damaged_arguments_are_named_unless_a_config_says_all(tmp_path: Path) ->
     path = folder(tmp_path / "iter_0000001", args=ARGS)
     whole = (path / "common.pt").read_bytes()
     (path / "common.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="common.pt: the common state cannot be read") as e:
+    with pytest.raises(UserError, match="common.pt is damaged") as e:
         foreign_manifest(path, None)
     assert "\n" not in str(e.value)
     assert foreign_manifest(path, hf_config(tmp_path / "hf")).shape == SHAPE
@@ -392,7 +391,7 @@ def test_damaged_arguments_are_named_unless_a_config_says_all(tmp_path: Path) ->
 def test_damaged_metadata_and_missing_embeddings_are_named(tmp_path: Path) -> None:
     path = folder(tmp_path / "iter_0000001", args=ARGS)
     (path / ".metadata").write_bytes(b"\x80\x04nothing")
-    with pytest.raises(UserError, match=r"iter_0000001/.metadata cannot be read \(\w+: .*\); copy it again"):
+    with pytest.raises(UserError, match=r"iter_0000001/.metadata is damaged \(\w+: .*\); copy it again"):
         foreign_manifest(path, None)
     (path / ".metadata").unlink()
     dcp.save({"other": torch.zeros(2)}, checkpoint_id=path, no_dist=True)

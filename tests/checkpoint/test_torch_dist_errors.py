@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import re
 import shutil
 import tempfile
 import zipfile
@@ -122,10 +121,10 @@ def test_fused_rows_of_several_ranks_are_refused_because_they_interleave(folder:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, ["metadata.json cannot be read (No such file or directory)", "a Megatron checkpoint?"]),
+    [(None, ["metadata.json is missing", "a Megatron checkpoint?"]),
      ('{"sharded_backend": "zarr"}', ["'zarr'", "save it with Megatron as 'torch_dist'"]),
      ('{"sharded_backend": "torch_dist", "sharded_backend_version": 2}', ["of version 2", "version 1"]),
-     ("{}", ["metadata.json is damaged", REMEDY]), ("[]", ["is damaged", REMEDY]), ("{", ["is damaged", REMEDY])],
+     ("{}", ["a None checkpoint", "save it"]), ("[]", ["holds a list", REMEDY]), ("{", ["is no valid JSON", REMEDY])],
 )  # fmt: skip
 def test_another_kind_of_checkpoint_is_refused(folder: Path, content: str | None, words: list[str]) -> None:
     (folder / "metadata.json").unlink()
@@ -157,7 +156,7 @@ def test_chunks_that_leave_a_hole_are_refused(folder: Path) -> None:
     reject(folder, f"the chunks of {NORM!r} do not add up", REMEDY)
 
 
-def test_rows_that_no_chunk_covers_are_refused_even_where_chunks_add_up(folder: Path) -> None:
+def test_chunks_that_overlap_are_refused_even_where_their_sizes_add_up(folder: Path) -> None:
     rewritten(folder, lambda _: None, {NORM: [[3, 4, 4, 5]]})
 
     def shift(metadata: Metadata) -> None:  # the second chunk onto the third, but for one row
@@ -165,10 +164,7 @@ def test_rows_that_no_chunk_covers_are_refused_even_where_chunks_add_up(folder: 
         metadata.storage_data[MetadataIndex(NORM, [6])] = metadata.storage_data[MetadataIndex(NORM, [3])]
 
     edit(folder, shift)
-    opened = DistFiles(folder)
-    opened.read(NORM, 0, torch.empty(3))
-    with pytest.raises(UserError, match=re.escape(f"chunks cover 2 of 5 values of rows 1 to 6 of {NORM!r}")):
-        opened.read(NORM, 1, torch.empty(5))
+    reject(folder, f"the chunks of {NORM!r} do not add up to its shape, each place once", REMEDY)
 
 
 def test_chunks_of_an_extension_are_refused(folder: Path) -> None:
@@ -211,6 +207,9 @@ def as_safetensors(tensor: Tensor) -> bytes:
         return Path(folder, "__0_0.distcp").read_bytes()
 
 
+LONG = "as long as any tensor here " * 200
+
+
 class Harmful:
     def __reduce__(self) -> tuple[Callable[[], int], tuple[()]]:
         return os.getpid, ()
@@ -218,15 +217,15 @@ class Harmful:
 
 @pytest.mark.parametrize(
     ("saved", "words"),
-    [(lambda t: b"junk" * 300, ["is no torch archive", REMEDY]),
+    [(lambda t: b"junk" * 3000, ["is no torch archive", REMEDY]),
      (lambda t: b"", ["is no torch archive", REMEDY]),
      (lambda t: archive(t)[:-30], ["is no torch archive", REMEDY]),
      (as_safetensors, ["is in safetensors format; save it in torch's own format"]),
      (lambda t: archive(t.repeat(2, *[1] * (t.dim() - 1))), ["values of torch.float32 instead of", REMEDY]),
-     (lambda t: archive(t.bfloat16()), ["values of torch.bfloat16 instead of", REMEDY]),
+     (lambda t: archive(t.double()), ["values of torch.float64 instead of", REMEDY]),
      (lambda t: archive(torch.empty(*t.shape, 2)[..., 0]), ["its values lie apart, with strides", REMEDY]),
-     (lambda t: archive({"a": 1}), ["cannot be understood", REMEDY]),  # type: ignore[arg-type]
-     (lambda t: archive(Harmful()), ["getpid is no part of a tensor", REMEDY]),  # type: ignore[arg-type]
+     (lambda t: archive({"a": LONG}), ["cannot be understood", REMEDY]),  # type: ignore[arg-type]
+     (lambda t: archive((Harmful(), LONG)), ["getpid is no part of a tensor", REMEDY]),  # type: ignore[arg-type]
      (lambda t: reordered(t, lambda n, b: b"big" if n.endswith("byteorder") else b), ["big-endian", REMEDY]),
      (lambda t: reordered(t, lambda n, b: b[:-1] if "/data/" in n else b), ["its values have", REMEDY]),
      (lambda t: reordered(t, lambda n, b: b"" if n.endswith("data.pkl") else b), ["cannot be understood", REMEDY]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch import nn
@@ -12,6 +13,8 @@ from torch.distributed.checkpoint import CheckpointException
 
 from ... import runtime
 from ...checkpoint import tracker
+from ...checkpoint.agreement import same_on_all_ranks
+from ...checkpoint.dist_check import check_folder
 from ...checkpoint.manifest import FILE, Manifest
 from ...checkpoint.side_files import copy_side_files
 from ...checkpoint.source import Source
@@ -37,6 +40,8 @@ def open_parent(recipe: Recipe, shape: ParentShape) -> Source:
         return parent_source(recipe)
 
     def fill(chunks: Sequence[nn.Module]) -> None:
+        with same_on_all_ranks(f"{folder} cannot be read"):
+            check_folder(folder, torch.distributed.get_rank(), torch.distributed.get_world_size())
         metadata = {"dp_cp_group": runtime.groups().dp_cp}
         for chunk in chunks:
             shards = chunk.sharded_state_dict(metadata=metadata)
