@@ -12,15 +12,17 @@ top-k; per-layer head counts are stated by none of them and refused here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import UserError
+from ..files.json_files import plain_numbers
 from ..space import AXIS_NAMES, ParentShape, axis
 from .manifest import Manifest
+from .side_files import own_code
 
 # Megatron, mamba-ssm's kernels and vLLM bound dt by (0, inf); transformers' own mixer clamps it from below at
 # time_step_min. The smallest value that keeps its random initialisation finite (it takes the logarithm) stands
@@ -68,13 +70,15 @@ _PER_LAYER = {
     "moe_shared_expert_intermediate_size": "E",
     "ffn_hidden_size": "-",
 }
+# of multi-token prediction, whose tensors are not carried; the rest of it is in fields ``mtp_*``
+_PREDICTED = "num_nextn_predict_layers"
 _PUZZLE_MODULE = "configuration_nemotron_h_puzzle"
 
 
 def hf_config(
     manifest: Manifest,
     shape: ParentShape,
-    remote_code: bool,
+    code: Collection[str],
     layer_sizes: Mapping[int, Mapping[str, int]] | None = None,
 ) -> dict[str, Any]:
     """The ``config.json`` of ``shape``, a submodel (or the whole) of the manifest's model.
@@ -83,7 +87,8 @@ def hf_config(
 
     Args:
         shape: where layers differ, the largest sizes.
-        remote_code: whether the directory gets the files that ``auto_map`` names; without them it is dropped.
+        code: the files of Python that the directory gets; what ``auto_map`` names elsewhere, as in a repository of
+            the hub, is code of another model's, and loaders have the architecture built in.
         layer_sizes: for each layer of ``shape`` that differs from it, the sizes that do.
 
     Raises ``UserError`` for a shape that loaders cannot be told of.
@@ -102,8 +107,15 @@ def hf_config(
         # before 5.14, SGLang those since then, and in remote code that lacks the list it has no setter
         stale.add("layers_block_type")
     config = {k: v for k, v in config.items() if _SYNONYMS.get(k, k) not in stale}
-    if not remote_code:
-        config.pop("auto_map", None)
+    config = {
+        k: v for k, v in config.items() if k not in ("auto_map", _PREDICTED) and not k.startswith("mtp_")
+    }
+    if own := own_code(base, code):
+        config["auto_map"] = own
+    if _PREDICTED in base:
+        config[_PREDICTED] = 0
+    config["architectures"] = config.get("architectures") or _COMPLETE["architectures"]
+    config = plain_numbers(config)
     return config | _no_shared_experts(shape) | _own_layers(manifest, shape, layer_sizes or {})
 
 

@@ -21,7 +21,7 @@ from ..files.json_files import read_object
 from ..files.reading import inside
 from ..quantization.formats import FORMATS, Format
 from ..space import ElasticSpace, ParentShape, SubmodelSpec, TensorLayout, ends, tensors_of
-from .hf_keys import exported_fp32, hf_keys, module_of
+from .hf_keys import canonical, exported_fp32, hf_keys, module_of
 
 FILE = "hf_quant_config.json"
 KEY = "quantization_config"
@@ -147,7 +147,7 @@ def read_quantised(directory: Path, config: Mapping[str, Any]) -> Quantised | No
     if not isinstance(stated, dict):
         raise UserError(f"{file} has no quantization; copy it again")
     _check(file, FORMATS[algo], stated, entry)
-    return Quantised(FORMATS[algo], tuple(stated.get(_EXCLUDED) or ()), data, entry)
+    return Quantised(FORMATS[algo], tuple(map(canonical, stated.get(_EXCLUDED) or ())), data, entry)
 
 
 def _check(file: Path, form: Format, stated: Mapping[str, Any], entry: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -27,21 +27,23 @@ _KEPT = 2
 
 
 class LibrarySafetensors:
-    """Safetensors files through ``safe_open``; for several threads at once."""
+    """Safetensors files through ``safe_open``; for several threads at once. ``rename`` as in ``SafetensorsFiles``."""
 
-    def __init__(self, files: Iterable[Path]) -> None:
+    def __init__(self, files: Iterable[Path], rename: Callable[[str], str] = str) -> None:
         self.entries: dict[str, Entry] = {}
+        self._stored: dict[str, str] = {}
         self.where: dict[str, Path] = {}
         self._own = threading.local()
         for file in files:
             with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118
-                    tensor = opened.get_tensor(key)
+                for stored in opened.keys():  # noqa: SIM118
+                    tensor, key = opened.get_tensor(stored), rename(stored)
                     self.entries[key], self.where[key] = Entry(tuple(tensor.shape), tensor.dtype), file
+                    self._stored[key] = stored
 
     def read(self, key: str, start: int, out: Tensor) -> None:
         """As ``Files.read``."""
-        tensor = self._opened(self.where[key], out.nbytes).get_tensor(key)
+        tensor = self._opened(self.where[key], out.nbytes).get_tensor(self._stored[key])
         assert tensor.dtype == out.dtype, key
         out.copy_(tensor[start : start + len(out)] if tensor.dim() else tensor.expand(out.shape))
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files.json_files import read_object
+from ..files.json_files import plain_numbers, read_object, write_object
 from ..files.reading import inside
-from ..files.writing import write_text
 from ..space import Budget, ElasticSpace, ParentShape, SubmodelSpec
 from ..space.stated import checked_name, listed, section, shown
 from .hf_quantised import Quantised, from_file
@@ -59,7 +57,7 @@ class Manifest:
             "budgets": [b.to_dict() for b in self.budgets],
             "submodels": {n: s.to_dict() for n, s in self.submodels.items()},
             "ranking": self.ranking,
-            "hf_config": dict(self.hf_config),
+            "hf_config": plain_numbers(dict(self.hf_config)),
             "versions": dict(self.versions),
             **({"quantised": dict(self.quantised.file)} if self.quantised is not None else {}),
         }
@@ -109,7 +107,7 @@ class Manifest:
         return manifest
 
     def write(self, path: Path) -> None:
-        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        write_object(path, self.to_dict())
 
     @classmethod
     def read(cls, path: Path) -> Manifest:

@@ -6,7 +6,7 @@ files whose tensors lie one after another without holes, so their places follow 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
 
@@ -49,16 +49,20 @@ _MAX_HEADER = 32 << 20
 class SafetensorsFiles:
     """The tensors of safetensors files, as ``Files``.
 
+    Args:
+        rename: what to call a tensor, for its name in the file.
+
     Raises ``UserError`` where a file is missing, cut short or no safetensors file, or two hold the same tensor.
     """
 
-    def __init__(self, files: Iterable[Path]) -> None:
+    def __init__(self, files: Iterable[Path], rename: Callable[[str], str] = str) -> None:
         self.entries: dict[str, Entry] = {}
         self.where: dict[str, Path] = {}
         self._offsets: dict[str, int] = {}
-        self._raw = RawFiles()
+        self._raw, self._rename = RawFiles(), rename
         for file in files:
-            for name, (entry, offset) in read_header(file).items():
+            for stored, (entry, offset) in read_header(file).items():
+                name = rename(stored)
                 if name in self.where:
                     raise UserError(
                         f"tensor {name!r} is in {self.where[name].name} and in {file}; remove one"
@@ -73,7 +77,7 @@ class SafetensorsFiles:
 
     def reread(self) -> Files:
         """As ``Files.reread``."""
-        return LibrarySafetensors(dict.fromkeys(self.where.values()))
+        return LibrarySafetensors(dict.fromkeys(self.where.values()), self._rename)
 
 
 def read_header(file: Path) -> dict[str, tuple[Entry, int]]:

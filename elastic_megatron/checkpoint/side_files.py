@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,18 @@ def left_behind(directory: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of what lies in a directory and is neither weights nor configuration nor taken along, sorted."""
     taken = {name.split(os.sep)[0] for name in side_files(directory, config)}
     return tuple(sorted(n for n in os.listdir(directory) if n not in taken and not _WRITTEN.fullmatch(n)))
+
+
+def own_code(config: Mapping[str, Any], files: Collection[str]) -> dict[str, Any]:
+    """The entries of ``auto_map`` whose code lies in some of these files, all of it."""
+    named = config.get("auto_map")
+    found = {}
+    for kind, value in named.items() if isinstance(named, dict) else ():
+        texts = [text for text in (value if isinstance(value, list) else [value]) if text is not None]
+        modules = [_LOCAL.fullmatch(text) if isinstance(text, str) else None for text in texts]
+        if modules and all(m is not None and f"{m[1]}.py" in files for m in modules):
+            found[kind] = value
+    return found
 
 
 def code_modules(config: Mapping[str, Any]) -> tuple[str, ...]:

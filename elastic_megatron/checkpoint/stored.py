@@ -162,6 +162,7 @@ class StoredModel:
         pieces: the rows of a tensor, in order.
         side_files: the directory with tokenizer and other files that an export takes along, if there is one.
         quantised: how weights are stored; ``None`` where they are what they are.
+        notes: a line for each thing in the files that is not part of the model.
     """
 
     path: Path
@@ -170,6 +171,7 @@ class StoredModel:
     pieces: Callable[[ModelTensor], tuple[Piece, ...]]
     side_files: Path | None = None
     quantised: Quantised | None = None
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def tensors(self) -> dict[str, ModelTensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -25,6 +24,7 @@ from ..checkpoint.nested import nested_manifest
 from ..checkpoint.side_files import copy_side_files, side_files
 from ..checkpoint.stored import Entry, ModelTensor, StoredModel, stored_shapes
 from ..errors import UserError
+from ..files.json_files import plain_numbers, write_object
 from ..files.lock import beside, locked
 from ..files.writing import private_folder
 from ..quantization.formats import WEIGHT
@@ -116,7 +116,7 @@ def to_hf(
         bytes_read=read,
         bytes_written=sum(nbytes(e) for p in plans for e in p.entries.values()),
         verified=verify,
-        notes=[*(widened(source, models) if dtype is None else ()), *warnings],
+        notes=[*source.notes, *(widened(source, models) if dtype is None else ()), *warnings],
     )
 
 
@@ -145,10 +145,8 @@ def _plan(source: StoredModel, request: Request, dtype: torch.dtype | None) -> _
     manifest = source.manifest
     _check_request(request, source)
     model = cut_model(source, request.submodel, plain_order=request.plain_order, dtype=dtype)
-    remote_code = source.side_files is not None and any(
-        name.endswith(".py") for name in side_files(source.side_files, manifest.hf_config)
-    )
-    config = hf_config(manifest, model.shape, remote_code, model.layer_sizes)
+    code = side_files(source.side_files, manifest.hf_config) if source.side_files is not None else ()
+    config = hf_config(manifest, model.shape, code, model.layer_sizes)
     entries = _entries(source, model)
     config = with_dtype(config, entries[EMBEDDING].dtype)
     if request.elastic:
@@ -156,7 +154,7 @@ def _plan(source: StoredModel, request: Request, dtype: torch.dtype | None) -> _
         manifest = replace(nested, hf_config=config)
     quantised = _quantised(source, model)
     if quantised is not None:
-        config = {**config, KEY: quantised.config}
+        config = {**config, KEY: plain_numbers(dict(quantised.config))}
     card = model_card(
         manifest,
         title=_title(request),
@@ -272,8 +270,8 @@ def _complete(folder: Path, plan: _Plan, source: StoredModel) -> None:
     if plan.request.elastic:
         plan.manifest.write(folder / ELASTIC_CONFIG)
     if plan.quantised is not None:
-        (folder / QUANT_CONFIG).write_text(json.dumps(plan.quantised.file, indent=4) + "\n")
-    (folder / CONFIG).write_text(json.dumps(plan.config, indent=2) + "\n")
+        write_object(folder / QUANT_CONFIG, plain_numbers(dict(plan.quantised.file)), indent=4)
+    write_object(folder / CONFIG, plan.config, indent=2)
     (folder / "README.md").write_text(plan.card)
     for path in (*folder.iterdir(), folder):
         flush(path)

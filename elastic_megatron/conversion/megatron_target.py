@@ -89,7 +89,7 @@ def to_megatron(
         bytes_read=size,
         bytes_written=size,
         verified=verify,
-        notes=[*widened(source, [model]), *filter(None, [warning])],
+        notes=[*source.notes, *widened(source, [model]), *filter(None, [warning])],
     )
 
 
@@ -103,7 +103,7 @@ def _verify(folder: Path, model: Model, source: StoredModel, progress: Progress 
             rows, *inner = flat[piece.key]
             wanted[piece.key] = Entry((*experts, rows // prod(experts), *inner), cut.dtype)
     check_entries(folder, files.entries, wanted)
-    if Manifest.read(folder / FILE) != source.manifest:
+    if Manifest.read(folder / FILE).to_dict() != source.manifest.to_dict():
         raise refuted(folder / FILE, "describes another model")
     compare(source, model, StoredModel(folder, source.manifest, files, dist_pieces), progress)
 

@@ -17,6 +17,7 @@ from ..checkpoint.hf_read import INDEX, SINGLE
 from ..checkpoint.raw import OpenFiles, as_bytes, begin_writing
 from ..checkpoint.safetensors_files import DTYPES
 from ..checkpoint.stored import Entry
+from ..files.json_files import write_object
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -54,7 +55,7 @@ class SafetensorsShards:
         if len(groups) > 1:
             where = {key: name for name, group in zip(names, groups, strict=True) for key in group}
             index = {"metadata": {"total_size": sum(map(nbytes, entries.values()))}, "weight_map": where}
-            (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            write_object(directory / INDEX, index, indent=2)
 
     def write(self, key: str, start: int, rows: Tensor) -> None:
         """Put rows of a tensor where they belong; each row comes once."""

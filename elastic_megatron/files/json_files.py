@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from .reading import TEXT_LIMIT, read_text
 from .writing import write_text
 
 _DEPTH = 64
+_LARGEST = 3.4028234663852886e38
+# how transformers 5 writes what JSON lacks
+_TAG, _TAGGED = "__float__", {"Infinity": _LARGEST, "-Infinity": -_LARGEST, "NaN": None}
 # whole numbers of more digits are in no file, and overflow where they are divided
 _DIGITS = 40
 _HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -20,7 +24,7 @@ _HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 def read_object(
     file: Path, missing: str, damaged: str = "copy it again", limit: int = TEXT_LIMIT
 ) -> dict[str, Any]:
-    """The object in a file. ``Infinity`` and ``NaN``, which older Python programs write, are read.
+    """The object in a file. ``Infinity`` and ``NaN``, which older Python programs write, are read, and so is a BOM.
 
     Args:
         missing, damaged: the remedies, for the message.
@@ -29,7 +33,7 @@ def read_object(
     Raises ``UserError`` where the file is missing or holds anything else.
     """
     try:
-        data = parse(read_text(file, limit))
+        data = parse(read_text(file, limit).removeprefix("\ufeff"))
     except FileNotFoundError:
         raise UserError(f"{file} is missing; {missing}") from None
     except OSError as e:
@@ -87,3 +91,22 @@ def _integer(text: str) -> int:
 def write_object(file: Path, data: Any, *, indent: int | None = 1) -> None:
     """Write a value as strict JSON, atomically. Raises ``ValueError`` for numbers that JSON does not have."""
     write_text(file, json.dumps(data, indent=indent, allow_nan=False) + "\n")
+
+
+def plain_numbers(value: Any) -> Any:
+    """A value of a configuration, with numbers that every reader of JSON takes for numbers.
+
+    Infinity becomes the largest fp32 number. Python writes ``Infinity``, which is no JSON, and transformers 5
+    ``{"__float__": "Infinity"}``, which mlx-lm and llama.cpp take for an object. In configurations infinity is a bound
+    (``time_step_limit`` of Nemotron-H), and what is computed in fp32 or less never lies between the two. NaN states
+    nothing, as null.
+    """
+    if isinstance(value, dict):
+        if value.keys() == {_TAG} and isinstance(value[_TAG], str) and value[_TAG] in _TAGGED:
+            return _TAGGED[value[_TAG]]
+        return {key: plain_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_numbers(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else math.copysign(_LARGEST, value)
+    return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,14 @@ PARENTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _config(source: Manifest, name: str | None = None, remote_code: bool = False) -> dict[str, Any]:
+def _config(source: Manifest, name: str | None = None, code: Sequence[str] = ()) -> dict[str, Any]:
     """As the exporter asks for it."""
     if name is None:
-        return hf_config(source, source.shape, remote_code)
+        return hf_config(source, source.shape, code)
     space, spec = source.space, source.submodels[name]
     assert space is not None
     sizes = {new: space.layer_sizes(spec, old) for new, old in enumerate(space.kept_layers(spec))}
-    return hf_config(source, space.widest_shape(spec), remote_code, sizes)
+    return hf_config(source, space.widest_shape(spec), code, sizes)
 
 
 def _directory(folder: Path, config: Mapping[str, Any]) -> Path:
@@ -137,8 +137,9 @@ def test_the_config_of_a_slice_of_a_slice_is_that_of_the_slice(
     given_parent: str, between: str, remote_code: bool
 ) -> None:
     source = replace(manifest(), hf_config=PARENTS[given_parent])
-    inner = replace(nested_manifest(source, between), hf_config=_config(source, between, remote_code))
-    assert _config(inner, "small", remote_code) == _config(source, "small", remote_code)
+    code = ["configuration_nemotron_h.py"] if remote_code else []
+    inner = replace(nested_manifest(source, between), hf_config=_config(source, between, code))
+    assert _config(inner, "small", code) == _config(source, "small", code)
 
 
 @pytest.mark.parametrize("given_parent", PARENTS)
@@ -153,11 +154,14 @@ def test_layer_types_stand_beside_the_pattern_only_where_the_parent_has_them_in_
 
 
 def test_remote_code_is_named_only_where_it_comes_along() -> None:
+    """Code of a repository of the hub, or of a file that is not there, is not."""
+    file, remote = "configuration_nemotron_h.py", "owner/name--configuration_nemotron_h.NemotronHConfig"
     code = {"AutoConfig": "configuration_nemotron_h.NemotronHConfig"}
-    source = replace(manifest(), hf_config=PUBLIC | PATTERN | {"auto_map": code})
-    assert _config(source, "small", remote_code=True)["auto_map"] == code
+    more = {"AutoModel": remote, "AutoTokenizer": ["tokenization_x.Slow", None], "Odd": [], "Odder": {"a": 1}}
+    source = replace(manifest(), hf_config=PUBLIC | PATTERN | {"auto_map": code | more})
+    assert _config(source, "small", [file])["auto_map"] == code
     assert "auto_map" not in _config(source, "small")
-    assert not code_files(_config(source, "small", remote_code=True))
+    assert not code_files(_config(source, "small", [file]))
 
 
 def test_an_elastic_directory_is_the_parent_to_transformers(tmp_path: Path) -> None:

@@ -131,10 +131,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         _tensors(lambda t: t.update({"backbone.layers.7.norm.weight": torch.ones(16)})),
         r"'backbone\.layers\.7\.norm\.weight' belongs to no block",
     ),
-    "prediction heads": (
-        _tensors(lambda t: t.update({"mtp.layers.0.norm.weight": torch.ones(16)})),
-        r"1 multi-token-prediction tensors \(mtp\.layers\.0\.norm\.weight",
-    ),
     "wrong shape": (
         _tensors(lambda t: t.update({"backbone.norm_f.weight": torch.ones(15)})),
         r"'backbone\.norm_f\.weight' has shape \[15\], the model's sizes say \[16\]",

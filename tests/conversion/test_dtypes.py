@@ -91,7 +91,7 @@ def test_every_joined_tensor_holds_every_pair_of_dtypes(
     tensors = retyped(tmp_path / "m", {k: odd.get(k, one) for k in stored(tmp_path / "m")})
     state = joined(shape, tensors)
     report = to_megatron(read_hf(tmp_path / "m"), tmp_path / "c", verify=True)
-    assert len(report.notes) == (one != other)
+    assert any("loses nothing" in note for note in report.notes) == (one != other)
     to_hf(
         open_torch_dist(tmp_path / "c/iter_0000000", family, None), [Request(tmp_path / "out")], verify=True
     )

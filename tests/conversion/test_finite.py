@@ -54,7 +54,7 @@ def refused(source: StoredModel, target: Path, *names: str) -> None:
 def test_one_pass_tells_whether_all_values_are_finite(data: st.DataObject) -> None:
     """Also where finite values add up to more than their dtype holds."""
     dtype = data.draw(st.sampled_from(DTYPES))
-    values = st.one_of(st.floats(width=16), st.floats(-1e38, 1e38), st.just(3e38))
+    values = st.sampled_from([0.0, 1.5, -65504.0, 1e30, 3e38, -3e38, *WRONG])
     found = torch.tensor(data.draw(st.lists(values, min_size=1, max_size=40)), dtype=torch.float64).to(dtype)
     assert all_finite(found) == bool(found.isfinite().all())
 
@@ -95,7 +95,7 @@ def test_what_is_not_finite_is_refused_or_written_as_it_is(dtype: torch.dtype, t
     assert warning.startswith(f"warning: {tmp_path / 'm'}: 4 tensors") and f"{names[0]} (2 values)" in warning
     assert bits(dict(read_hf(tmp_path / "m").state())) == bits(state)
     report = to_megatron(read_hf(tmp_path / "m"), tmp_path / "c", verify=True, allow_nonfinite=True)
-    assert len(report.notes) == 1
+    assert sum(note.startswith("warning: ") for note in report.notes) == 1
 
 
 def test_a_submodel_is_judged_by_what_it_keeps(tmp_path: Path) -> None:
