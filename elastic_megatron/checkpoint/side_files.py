@@ -67,6 +67,7 @@ def side_files(directory: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
 def copy_side_files(directory: Path, config: Mapping[str, Any], destination: Path) -> tuple[str, ...]:
     """Copy them into a folder, which is made; returns their names. Raises ``UserError`` as ``side_files``."""
     names = side_files(directory, config)
+    destination.mkdir(exist_ok=True)  # without its parents: who removed those wants them gone
     for name in names:
         (destination / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(directory / name, destination / name)
