@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from cli_story import Story, done, refused, run, snapshot
 
 from elastic_megatron.cli import main
+from elastic_megatron.conversion import hf_target, megatron_target
 from elastic_megatron.conversion.safetensors_shards import SafetensorsShards
 from elastic_megatron.data.token_writer import TokenWriter
 from elastic_megatron.files import lock
@@ -118,6 +120,27 @@ def test_of_writers_at_once_one_has_written(story: Story, tmp_path: Path, name: 
             lines = [line for line in text.splitlines() if line.startswith("error: ")]
             assert (status, len(lines)) in ((0, 0), (2, 1)) and "Traceback" not in text, text
             assert all("held by" in line or "already" in line for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("import", megatron_target), ("export", hf_target), ("slice", hf_target)]
+)
+def test_what_is_written_between_a_look_and_the_lock_is_seen(
+    story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: ModuleType
+) -> None:
+    (tmp_path / "here").mkdir()
+    first, second = (spelled(command, story, tmp_path / "here/out") for command in RACES[name])
+
+    def meanwhile(*_: object) -> None:
+        monkeypatch.undo()
+        done(*first)
+
+    monkeypatch.setattr(module, "check_space", meanwhile)
+    ran = run(*second)
+    assert ran.status == 2 and "already" in ran.err, ran.err
+    (tmp_path / "alone").mkdir()
+    done(*spelled(RACES[name][0], story, tmp_path / "alone" / "out"))
+    assert written(tmp_path / "here", "out") == written(tmp_path / "alone", "out")
 
 
 def held_until_killed(file: Path, begun: Path) -> None:

@@ -192,6 +192,41 @@ def test_a_lost_answer_is_no_lost_lock(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == []
 
 
+def test_of_two_that_take_over_without_kernel_locks_one_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have seen that the owner is dead, and both replace the file."""
+    file = lock.within(tmp_path)
+    left_by(file, age=STALE * 2)
+    dead, together = lock.owner_of(file), threading.Barrier(2)
+    assert dead is not None
+
+    def flock(*_: object) -> NoReturn:
+        together.wait(60)
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    replace_, slow = os.replace, threading.Event()
+
+    def replaced(source: Path, target: Path) -> None:
+        together.wait(60)
+        if threading.current_thread() is threads[1]:
+            slow.wait(0.3)
+        replace_(source, target)
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setattr(os, "replace", replaced)
+    found: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(lock._taken_over(file, dead, myself("train"))))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(found) == [False, True]
+
+
 def test_without_hard_links_there_is_one_owner_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def link(*_: object) -> NoReturn:
         raise OSError(errno.EPERM, "Operation not permitted")
