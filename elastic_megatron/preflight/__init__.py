@@ -15,7 +15,7 @@ from .family import Families, Found
 from .layout import job_problems
 from .memory import memory_problems
 from .paths import chain_folders, path_problems
-from .runs import shared_runs
+from .runs import existing_run, shared_runs
 from .work import time_problems
 
 
@@ -56,6 +56,7 @@ def _of_job(chain: JobChain, job: PlannedJob, families: Families) -> Iterator[Fo
     yield from time_limit(chain, job)
     yield from path_problems(chain, job)
     yield from shared_runs(chain, job)
+    yield from existing_run(chain, job)
     try:
         family = families.of(job)
     except UserError as error:

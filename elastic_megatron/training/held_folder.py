@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.agreement import same_on_all_ranks
+from ..checkpoint.run_folder import RECIPE
 from ..files import lock
 from ..files.writing import remove_abandoned, write_text
 from ..recipe import Recipe, dump
@@ -38,7 +39,7 @@ class HeldFolder:
         """Leave the resolved recipe in the folder; collective."""
         with same_on_all_ranks(f"{self.path} cannot be written"):
             if self._held is not None:
-                write_text(self.path / "recipe.yaml", dump(recipe))
+                write_text(self.path / RECIPE, dump(recipe))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from ..checkpoint import distributed, tracker
 from ..checkpoint.agreement import NonFiniteError
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.resolve import budgets, elastic_space
+from ..checkpoint.run_folder import check_resumed
 from ..checkpoint.source import Source
 from ..errors import UserError
 from ..ops.mix import SubmodelMix
@@ -64,6 +65,7 @@ def train(recipe: Recipe) -> Outcome:
     """
     _check(recipe)
     check_files(recipe)
+    check_resumed(recipe, "train")
     source = parent_source(recipe)
     space, widths = elastic_space(recipe, source.manifest) if recipe.budgets else None, None
     if recipe.router_frozen:

@@ -162,7 +162,11 @@ def test_without_a_maker_the_checkpoint_on_disk_counts(tmp_path: Path) -> None:
     assert findings(alone, f"slurm.cluster={tmp_path}/cluster.yaml") == []
     cluster = f"slurm.cluster={tmp_path}/cluster.yaml"
     (found,) = findings(
-        tmp_path / "rank.yaml", cluster, f"model.checkpoint={tmp_path}/runs/rank", "model.hf=null"
+        tmp_path / "rank.yaml",
+        cluster,
+        f"model.checkpoint={tmp_path}/runs/rank",
+        "model.hf=null",
+        "run_dir=again",
     )
     assert "is sorted already" in found.text
 
