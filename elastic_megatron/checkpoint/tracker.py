@@ -119,10 +119,15 @@ def publish(directory: Path, iteration: int) -> None:
     elif final.exists():
         _discard(final)
     temporary(directory, iteration).rename(final)
-    write_text(directory / TRACKER, f"{iteration}\n")
+    point(directory, iteration)
     for old in directory.glob(".iter_*.replaced"):
         with _housekeeping(old):
             _discard(old)
+
+
+def point(directory: Path, iteration: int) -> None:
+    """Have the tracker name a complete checkpoint."""
+    write_text(directory / TRACKER, f"{iteration}\n")
 
 
 def prune(directory: Path, keep_last: int) -> None:

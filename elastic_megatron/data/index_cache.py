@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -65,6 +66,10 @@ def _remove_damaged(folder: Path) -> None:
     """With all files of the same data set: Megatron would write over those, which other jobs have mapped."""
     for file in sorted(folder.glob("*.npy")):
         if file.exists() and not _whole(file):
+            print(
+                f"{file} was left half-written or is damaged; its data set's indices are built again",
+                file=sys.stderr,
+            )
             (folder / file.name).unlink()
             for other in folder.glob(f"{file.name.rpartition('-')[0]}-*"):
                 other.unlink()

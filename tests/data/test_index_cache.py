@@ -57,7 +57,9 @@ def blended(tmp_path: Path) -> list[tuple[float, str]]:
     ]
 
 
-def test_damaged_files_are_built_again(blended: list[tuple[float, str]], tmp_path: Path) -> None:
+def test_damaged_files_are_built_again_and_that_is_said(
+    blended: list[tuple[float, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cache = tmp_path / "cache"
     want = rows(build(blended, cache), 50)
     files = sorted(cache.rglob("*.npy"))
@@ -66,7 +68,9 @@ def test_damaged_files_are_built_again(blended: list[tuple[float, str]], tmp_pat
     for file in files:
         for damage in DAMAGE.values():
             damage(file)
+            capsys.readouterr()
             assert (rows(build(blended, cache), 50) == want).all()
+            assert str(file) in capsys.readouterr().err
             assert {file: file.read_bytes() for file in sorted(cache.rglob("*.npy"))} == whole
     assert not list(cache.rglob("ran")) and not list(cache.rglob(".*"))
 

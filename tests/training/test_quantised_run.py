@@ -151,14 +151,17 @@ def test_a_finished_run_is_left_alone(runs: dict[str, Recipe]) -> None:
 def test_a_run_keeps_its_quantisation(
     runs: dict[str, Recipe], make: Make, tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    """Also at its first step, where the checkpoint is the one that ``quantize`` left."""
+    """Also at its first step, where the checkpoint is the one that ``quantize`` left; and by what the checkpoint
+    itself knows, where nobody has kept the recipe."""
     shutil.copytree(runs["nvfp4"].run_dir, tmp_path / "run")
     other = make(tmp_path / "run", quantize=change)
-    for step in (STEPS, 0):
-        tracker._point(tmp_path / "run/checkpoints", step)
-        with pytest.raises(UserError, match="another section quantize") as caught:
-            train(other)
-        assert "\n" not in str(caught.value)
+    for words in (f"^quantize.{next(iter(change))}=", "another section quantize"):
+        for step in (STEPS, 0):
+            tracker.point(tmp_path / "run/checkpoints", step)
+            with pytest.raises(UserError, match=words) as caught:
+                train(other)
+            assert "\n" not in str(caught.value)
+        (tmp_path / "run/recipe.yaml").unlink(missing_ok=True)
     assert lines(tmp_path / "run") == lines(runs["nvfp4"].run_dir)
 
 
