@@ -24,7 +24,7 @@ from .dist_metadata import reading
 from .manifest import FILE, Manifest
 from .pickle_names import Attributes, Unknown
 from .resolve import CONFIG, hf_shape
-from .tracker import TRACKER, folder
+from .tracker import TRACKER, folder, iteration_of, read_tracker
 from .yaml_files import read_yaml
 
 BACKEND = "metadata.json"
@@ -250,9 +250,10 @@ def _of_bridge(file: Path) -> dict[str, Any]:
 
 
 def _named(root: Path) -> Path | None:
-    text = (root / TRACKER).read_text(errors="replace").strip()
-    named = folder(root, int(text)) if text.isdecimal() else root / "release"
-    known = text.isdecimal() or text == "release"
+    text = read_tracker(root / TRACKER)
+    number = iteration_of(text)
+    named = root / "release" if number is None else folder(root, number)
+    known = number is not None or text == "release"
     if any((p / FILE).exists() for p in root.glob("*iter_*")):
         return None  # a root of ours, about which ``tracker`` knows more
     if known and (named / BACKEND).exists():

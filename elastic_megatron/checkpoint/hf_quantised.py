@@ -21,6 +21,7 @@ from ..files.json_files import read_object
 from ..files.reading import inside
 from ..quantization.formats import FORMATS, Format
 from ..space import ElasticSpace, ParentShape, SubmodelSpec, TensorLayout, ends, tensors_of
+from ..space.stated import listed, section, shown
 from .hf_keys import canonical, exported_fp32, hf_keys, module_of
 
 FILE = "hf_quant_config.json"
@@ -108,9 +109,13 @@ def described(form: Format, modules: Sequence[str], version: str) -> Quantised:
 
 
 def from_file(file: Mapping[str, Any]) -> Quantised:
-    """The same, from what ``described`` put into ``hf_quant_config.json``. Raises ``KeyError`` for anything else."""
+    """The same, from what ``described`` put into ``hf_quant_config.json``. Raises ``LookupError``, ``TypeError`` or
+    ``UserError`` for anything else."""
     stated = file["quantization"]
-    return described(FORMATS[stated["quant_algo"]], stated[_EXCLUDED], file["producer"]["version"])
+    modules = listed(stated[_EXCLUDED], _EXCLUDED)
+    if odd := [module for module in modules if not isinstance(module, str)]:
+        raise UserError(f"{_EXCLUDED} has {shown(odd[0])}, which is no name of a module")
+    return described(FORMATS[stated["quant_algo"]], modules, file["producer"]["version"])
 
 
 def quantisable(layout: TensorLayout) -> bool:
@@ -135,9 +140,9 @@ def read_quantised(directory: Path, config: Mapping[str, Any]) -> Quantised | No
     if not isinstance(entry, dict):
         raise UserError(f"{directory} has {FILE}, but config.json has no {KEY}; restore it, or remove {FILE}")
     method, algo = entry.get("quant_method"), entry.get("quant_algo")
-    if method != "modelopt" or algo not in FORMATS:
+    if method != "modelopt" or not isinstance(algo, str) or algo not in FORMATS:
         raise UserError(
-            f"{directory} is quantised by {method} with quant_algo={algo}; only {' and '.join(FORMATS)} in "
+            f"{directory} is quantised by {str(method)[:40]} with quant_algo={str(algo)[:40]}; only {' and '.join(FORMATS)} in "
             "ModelOpt's layout can be read: give that, or the directory with the BF16 or FP32 weights"
         )
     data = read_object(
@@ -154,39 +159,37 @@ def _check(file: Path, form: Format, stated: Mapping[str, Any], entry: Mapping[s
     """Raise ``UserError`` unless the two descriptions say the same, and nothing that is not read."""
     if stated.get("quant_algo") != form.algo:
         raise UserError(
-            f"{file} says quant_algo={stated.get('quant_algo')}, config.json {form.algo}; restore the right one"
+            f"{file} says quant_algo={str(stated.get('quant_algo'))[:40]}, config.json {form.algo}; restore the right one"
         )
     lists = [said.get(key) or [] for said, key in ((stated, _EXCLUDED), (entry, _IGNORED))]
     if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists):
         raise UserError(f"{file} or config.json has a list of excluded modules that is none; copy both again")
     if odd := sorted(set(lists[0]) ^ set(lists[1])):
         raise UserError(
-            f"{file} and config.json exclude different modules ({odd[0]!r} is in one); restore the right one"
+            f"{file} and config.json exclude different modules ({shown(odd[0])} is in one); restore the right one"
         )
     cache = stated.get("kv_cache_quant_algo") or entry.get("kv_cache_scheme")
     if cache:
         raise UserError(
-            f"{file} quantises the key and value cache too ({cache}), whose scales cannot be cut yet; export it "
+            f"{file} quantises the key and value cache too ({shown(cache)}), whose scales cannot be cut yet; export it "
             "without"
         )
     if stated.get("quantized_layers") or entry.get("quantized_layers"):
         raise UserError(f"{file} mixes formats by layer (quantized_layers); one format for all can be read")
-    groups = {stated.get("group_size"), *_group_values(entry, "group_size")} - {None}
-    if form.block > 1 and (other := groups - {form.block}):
-        raise UserError(f"{file}: group_size {min(other)}; {form.algo} blocks have {form.block} columns")
-    if other := set(_group_values(entry, "num_bits")) - {form.bits}:
+    groups = [stated.get("group_size"), *_group_values(entry, "group_size")]
+    if form.block > 1 and (other := [size for size in groups if size not in (None, form.block)]):
+        raise UserError(f"{file}: group_size {shown(other[0])}; {form.algo} blocks have {form.block} columns")
+    if other := [bits for bits in _group_values(entry, "num_bits") if bits != form.bits]:
         raise UserError(
-            f"{file.with_name('config.json')}: {form.algo} with num_bits {min(other)}; {form.bits} bits for weights "
-            "and inputs can be read"
+            f"{file.with_name('config.json')}: {form.algo} with num_bits {shown(other[0])}; {form.bits} bits for "
+            "weights and inputs can be read"
         )
 
 
 def _group_values(entry: Mapping[str, Any], name: str) -> list[Any]:
     """What ``config_groups`` says of weights and inputs."""
-    groups = entry.get("config_groups")
-    found = (
-        [g.get(what) for g in groups.values() for what in ("weights", "input_activations")] if groups else []
-    )
+    groups = section(entry.get("config_groups") or {}, f"config_groups of {KEY}").values()
+    found = [g.get(what) for g in groups if isinstance(g, dict) for what in ("weights", "input_activations")]
     return [f[name] for f in found if isinstance(f, dict) and name in f]
 
 

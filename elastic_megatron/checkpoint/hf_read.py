@@ -16,6 +16,7 @@ from ..files.json_files import read_object
 from ..files.reading import inside
 from ..quantization.formats import Part
 from ..space import ParentShape
+from ..space.stated import shown
 from .hf_keys import canonical
 from .hf_names import EMBEDDING, HEAD, hf_pieces
 from .hf_parts import check_parts
@@ -92,7 +93,7 @@ def _open_shards(directory: Path, kind: type[SafetensorsFiles]) -> SafetensorsFi
     if not isinstance(promised, dict):
         raise UserError(f"{index} has no weight_map; copy it again")
     if odd := [tensor for tensor, name in promised.items() if not isinstance(name, str)]:
-        raise UserError(f"{index}: weight_map names no file for {odd[0]!r}; copy it again")
+        raise UserError(f"{index}: weight_map names no file for {shown(odd[0])}; copy it again")
     shards = {name: inside(directory, name, index) for name in sorted(set(promised.values()))}
     if missing := [name for name, file in shards.items() if not file.exists()]:
         raise UserError(
@@ -101,7 +102,7 @@ def _open_shards(directory: Path, kind: type[SafetensorsFiles]) -> SafetensorsFi
     files = kind(shards.values(), canonical)
     if absent := [t for t, name in promised.items() if files.where.get(canonical(t)) != shards[name]]:
         raise UserError(
-            f"{index} says that {promised[absent[0]]} holds {absent[0]!r}, and it does not ({len(absent)} such "
+            f"{index} says that {promised[absent[0]]} holds {shown(absent[0])}, and it does not ({len(absent)} such "
             "tensors); copy both files from the same source"
         )
     return files

@@ -38,8 +38,8 @@ def newest(directory: Path) -> Path | None:
     if not tracker.exists():
         return None
     text = read_tracker(tracker)
-    if _NUMBER.fullmatch(text):
-        path = folder(directory, int(text))
+    if (number := iteration_of(text)) is not None:
+        path = folder(directory, number)
         for candidate in (path, _hidden(path, "replaced")):
             if (candidate / FILE).exists():
                 return candidate
@@ -55,6 +55,11 @@ def read_tracker(file: Path) -> str:
         raise UserError(
             f"{file} cannot be read ({e.strerror}); write the number of an iteration there"
         ) from None
+
+
+def iteration_of(text: str) -> int | None:
+    """The iteration that a tracker names; ``None`` where it says anything else."""
+    return int(text) if _NUMBER.fullmatch(text) else None
 
 
 def resolve(path: Path) -> Path:

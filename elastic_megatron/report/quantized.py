@@ -13,6 +13,7 @@ from elastic_megatron.checkpoint import tracker
 from elastic_megatron.checkpoint.hf_quantised import Quantised, quantisable, stored_bytes
 from elastic_megatron.checkpoint.manifest import FILE, Manifest
 from elastic_megatron.cost.sizes import parent_fields
+from elastic_megatron.files.json_files import read_object
 from elastic_megatron.files.writing import write_text
 from elastic_megatron.quantization.formats import FORMATS
 from elastic_megatron.quantization.presets import Block, block_of
@@ -185,6 +186,6 @@ def change(before: Any, after: Any) -> float | None:
 def record(run_dir: Path, quantized: Quantized) -> Path:
     """Write the facts under ``quantized`` into ``report.json`` of the run, whose other keys stay; returns its path."""
     path = run_dir / "report.json"
-    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    report = read_object(path, "delete it", "delete it") if path.exists() else {}
     write_text(path, json.dumps({**report, "quantized": quantized.facts()}, indent=1))
     return path

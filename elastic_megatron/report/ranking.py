@@ -63,7 +63,7 @@ def read_ranking(path: Path) -> Ranking | None:
 
     Raises `UserError` if the file is not in safetensors format.
     """
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
         open_regular(path).close()

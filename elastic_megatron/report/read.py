@@ -1,16 +1,21 @@
 """A run folder as data. Everything is optional: what a run has not produced is simply absent."""
 
-import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from elastic_megatron.errors import UserError
+from elastic_megatron.files.json_files import parse, read_object
+from elastic_megatron.files.reading import open_regular
+from elastic_megatron.report.kinds import LINE, REPORT, misfit
 from elastic_megatron.report.quantized import Quantized, read_quantized, split
 from elastic_megatron.report.ranking import Ranking, read_ranking
 
 Json = dict[str, Any]
+_REMEDY = "delete it, or write it again"
+_LONGEST_LINE, _LARGEST = 4 << 20, 256 << 20
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,8 @@ def read_run(run_dir: Path, report_json: Path | None = None) -> RunData:
     """Read ``run_dir``; ``report_json`` defaults to the one inside it.
 
     Raises `UserError` if the folder does not exist, holds nothing to show, or holds JSON that is not
-    an object. A line of ``metrics.jsonl`` that does not parse (a run killed while writing) is counted
-    and left out; a step logged twice (a resumed run) keeps its last line.
+    an object. A line of ``metrics.jsonl`` that does not parse (a run killed while writing), or holds what no
+    run writes, is counted and left out; a step logged twice (a resumed run) keeps its last line.
     """
     if not run_dir.is_dir():
         raise UserError(f"run folder {run_dir} does not exist; give the run_dir of a recipe that was run")
@@ -87,7 +92,6 @@ def read_run(run_dir: Path, report_json: Path | None = None) -> RunData:
         raise UserError(
             f"{run_dir} has no metrics.jsonl, report.json or ranking.safetensors; give the run_dir of a run"
         )
-    recipe = run_dir / "recipe.yaml"
     return RunData(
         title=str(report.get("name") or run_dir.resolve().name),
         report=report,
@@ -97,38 +101,53 @@ def read_run(run_dir: Path, report_json: Path | None = None) -> RunData:
         quantized=read_quantized(run_dir, evaluated, calibrations),
         unreadable_lines=unreadable,
         ranking=ranking,
-        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+        recipe=_read_text(run_dir / "recipe.yaml"),
     )
 
 
+def _read_text(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    with _opened(path) as file:
+        return file.read(_LONGEST_LINE).decode("utf-8", errors="replace").replace("\0", "\ufffd")
+
+
 def _read_object(path: Path) -> Json:
-    if not path.is_file():
+    if not path.exists():
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); delete or rewrite it") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} must hold one JSON object, found a {type(found).__name__}; rewrite it")
+    found = read_object(path, _REMEDY, _REMEDY)
+    if odd := misfit(found, REPORT, "the report"):
+        raise UserError(f"{path}: {odd}; {_REMEDY}")
     return found
 
 
 def _read_lines(path: Path) -> tuple[list[Json], int]:
     lines: list[Json] = []
     unreadable = 0
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    if not path.exists():
+        return lines, unreadable
+    with _opened(path) as file:
+        if os.fstat(file.fileno()).st_size > _LARGEST:
+            raise UserError(f"{path} is larger than {_LARGEST >> 20} MiB, which no run's is; {_REMEDY}")
+        while text := file.readline(_LONGEST_LINE):
             if not text.strip():
                 continue
             try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
+                line = parse(text)
+            except ValueError:
                 line = None
-            if isinstance(line, dict):
+            if misfit(line, LINE) is None:
                 lines.append(line)
             else:
                 unreadable += 1
     return lines, unreadable
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open_regular(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {_REMEDY}") from None
 
 
 def _objects(lines: list[Json], key: str) -> list[Json]:

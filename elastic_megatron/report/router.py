@@ -72,6 +72,11 @@ def _axis_card(lines: list[Json], axis: str, names: list[str], palette: Palette)
         if not history:
             continue
         probs = history[-1]["budgets"][name]["probs"][axis]
+        # a run that was continued with other choices: the last ones are shown
+        count = len(mean_probabilities(probs))
+        history = [
+            line for line in history if len(mean_probabilities(line["budgets"][name]["probs"][axis])) == count
+        ]
         chosen = (history[-1]["budgets"][name].get("widths") or {}).get(axis)
         sure = certainty(probs)
         verdict = f"{say.width(chosen)} " if chosen is not None else ""

@@ -183,7 +183,7 @@ class ParentShape:
         """
         if config.get("model_type") != "nemotron_h":
             raise UserError(
-                f"model_type is {config.get('model_type')!r}; only 'nemotron_h' models can be read"
+                f"model_type is {shown(config.get('model_type'))}; only 'nemotron_h' models can be read"
             )
         pattern = _hf_pattern(config)
         for field, legal in _HF_ONLY.items():

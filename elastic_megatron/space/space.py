@@ -225,7 +225,7 @@ class ElasticSpace:
 
 def _check_axis(name: str, parent: ParentShape) -> None:
     if name not in AXIS_NAMES:
-        raise UserError(f"space: unknown axis {name!r}; known axes: {', '.join(AXIS_NAMES)}")
+        raise UserError(f"space: unknown axis {shown(name)}; known axes: {', '.join(AXIS_NAMES)}")
     if not parent.size(name):
         raise UserError(f"space: {name} is elastic, but {parent.hybrid_layer_pattern!r} has no such layer")
 

@@ -235,7 +235,7 @@ def test_bad_folders_are_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no metrics\.jsonl"):
         write_report(tmp_path)
     (tmp_path / "report.json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
+    with pytest.raises(UserError, match="no valid JSON"):
         write_report(tmp_path)
     (tmp_path / "report.json").write_text('{"name": "x"}')
     (tmp_path / "ranking.safetensors").write_bytes(b"no")

@@ -63,8 +63,11 @@ def _newest(root: Path) -> Path | None:
     file = root / tracker.TRACKER
     if not file.exists():
         return None
-    name = file.read_text().strip()
-    return root / _RELEASE if name == _RELEASE else tracker.folder(root, int(name))
+    name = tracker.read_tracker(file)
+    number = tracker.iteration_of(name)
+    if number is None and name != _RELEASE:
+        raise UserError(f"{file} says {name[:40]!r}; write the number of an iteration there, or {_RELEASE!r}")
+    return root / _RELEASE if number is None else tracker.folder(root, number)
 
 
 class RunFolder:
