@@ -142,8 +142,8 @@ def read_quantised(directory: Path, config: Mapping[str, Any]) -> Quantised | No
     method, algo = entry.get("quant_method"), entry.get("quant_algo")
     if method != "modelopt" or not isinstance(algo, str) or algo not in FORMATS:
         raise UserError(
-            f"{directory} is quantised by {str(method)[:40]} with quant_algo={str(algo)[:40]}; only {' and '.join(FORMATS)} in "
-            "ModelOpt's layout can be read: give that, or the directory with the BF16 or FP32 weights"
+            f"{directory} is quantised by {str(method)[:40]} with quant_algo={str(algo)[:40]}; only "
+            f"{' and '.join(FORMATS)} in ModelOpt's layout can be read: give that, or the directory with the BF16 or FP32 weights"
         )
     data = read_object(
         inside(directory, FILE, directory), f"config.json says quant_algo={algo}: copy it there"
@@ -159,7 +159,8 @@ def _check(file: Path, form: Format, stated: Mapping[str, Any], entry: Mapping[s
     """Raise ``UserError`` unless the two descriptions say the same, and nothing that is not read."""
     if stated.get("quant_algo") != form.algo:
         raise UserError(
-            f"{file} says quant_algo={str(stated.get('quant_algo'))[:40]}, config.json {form.algo}; restore the right one"
+            f"{file} says quant_algo={str(stated.get('quant_algo'))[:40]}, config.json {form.algo}; restore the "
+            "right one"
         )
     lists = [said.get(key) or [] for said, key in ((stated, _EXCLUDED), (entry, _IGNORED))]
     if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists):
@@ -171,7 +172,7 @@ def _check(file: Path, form: Format, stated: Mapping[str, Any], entry: Mapping[s
     cache = stated.get("kv_cache_quant_algo") or entry.get("kv_cache_scheme")
     if cache:
         raise UserError(
-            f"{file} quantises the key and value cache too ({shown(cache)}), whose scales cannot be cut yet; export it "
+            f"{file} quantises the key and value cache too ({str(cache)[:40]}), whose scales cannot be cut yet; export it "
             "without"
         )
     if stated.get("quantized_layers") or entry.get("quantized_layers"):
