@@ -143,7 +143,8 @@ def read_quantised(directory: Path, config: Mapping[str, Any]) -> Quantised | No
     if method != "modelopt" or not isinstance(algo, str) or algo not in FORMATS:
         raise UserError(
             f"{directory} is quantised by {str(method)[:40]} with quant_algo={str(algo)[:40]}; only "
-            f"{' and '.join(FORMATS)} in ModelOpt's layout can be read: give that, or the directory with the BF16 or FP32 weights"
+            f"{' and '.join(FORMATS)} in ModelOpt's layout can be read: give that, or the directory with the BF16 or "
+            "FP32 weights"
         )
     data = read_object(
         inside(directory, FILE, directory), f"config.json says quant_algo={algo}: copy it there"
@@ -172,8 +173,8 @@ def _check(file: Path, form: Format, stated: Mapping[str, Any], entry: Mapping[s
     cache = stated.get("kv_cache_quant_algo") or entry.get("kv_cache_scheme")
     if cache:
         raise UserError(
-            f"{file} quantises the key and value cache too ({str(cache)[:40]}), whose scales cannot be cut yet; export it "
-            "without"
+            f"{file} quantises the key and value cache too ({str(cache)[:40]}), whose scales cannot be cut yet; "
+            "export it without"
         )
     if stated.get("quantized_layers") or entry.get("quantized_layers"):
         raise UserError(f"{file} mixes formats by layer (quantized_layers); one format for all can be read")
