@@ -50,9 +50,7 @@ def run(
         except subprocess.TimeoutExpired:
             status = None
         finally:
-            if (
-                process.returncode is None
-            ):  # nor is it waited for: a program may hang where no signal reaches it
+            if process.returncode is None:  # killed, and not waited for: no signal may reach where it hangs
                 with contextlib.suppress(OSError):
                     os.killpg(process.pid, signal.SIGKILL)
         return Answer(status, _lines(out.fileno()), _lines(err.fileno()))

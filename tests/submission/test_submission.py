@@ -121,6 +121,12 @@ def name_end(site: Site) -> str:
     return next(iter(site.queue().values())).rpartition(".")[2]
 
 
+def test_a_link_whose_answer_is_lost_is_told_from_those_of_the_same_name(site: Site) -> None:
+    site.answer("sbatch.2", TAKEN["failed without a word"])
+    assert submit(site.chain(first="{kind: chain, links: 3}")) == {"one": (4101, 4102, 4103), "two": (4104,)}
+    assert known(site) == {4101: "one", 4102: "one", 4103: "one", 4104: "two"}
+
+
 class Killed(BaseException):
     """What no handler sees, as SIGKILL."""
 
