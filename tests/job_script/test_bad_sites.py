@@ -77,7 +77,7 @@ def test_what_fails_inside_a_setup_line_without_failing_it_is_its_own_business(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.sh").write_text("false\nexport WANDB_ENTITY=team\n")
     here = machine(tmp_path, str(HARMLESS))
-    assert here.run() == 0
+    assert here.run("exit 7") == -15 and (only(here).exit, only(here).why) == (7, "")
     assert here.ranks()[0]["environment"]["WANDB_ENTITY"] == "team"  # type: ignore[index]
 
 
@@ -102,6 +102,7 @@ def test_the_status_survives_whatever_cannot_be_written(tmp_path: Path, name: st
     blocked(here.job / name)
     assert here.run(f"exit {status}") == (0 if name == "done" else status)
     assert name == "done" or len(here.ranks()) == 4
+    assert name != "logs/attempt_1.log" or not (here.job / "logs/latest").is_symlink()
 
 
 def test_a_crash_loop_ends_also_where_it_cannot_be_counted(tmp_path: Path) -> None:

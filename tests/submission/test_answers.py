@@ -150,6 +150,7 @@ def test_a_program_is_left_alone_at_the_limit_with_what_it_said(tmp_path: Path) 
     hangs = programs.run(["bash", "-c", "echo $$; sleep 60; exit"], 1)
     assert hangs.status is None and len(hangs.out) == 1
     with contextlib.suppress(ChildProcessError):
-        assert os.waitid(os.P_PID, int(hangs.out[0]), os.WEXITED) is not None  # it was killed
+        ended = os.waitid(os.P_PID, int(hangs.out[0]), os.WEXITED)
+        assert ended is not None and ended.si_code == os.CLD_KILLED
     asks = programs.run(["bash", "-c", "read -p 'sure? ' x; echo got $?"], 10)
     assert asks.out == ("got 1",)
