@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import io
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NoReturn
 
 from . import __version__
 from .commands import (
@@ -28,7 +31,7 @@ from .commands import (
     train,
 )
 from .data import cli as prepare_data
-from .errors import UserError, of_os_error
+from .errors import BAD_INPUT, UserError, of_os_error
 from .report import cli as report
 
 COMMANDS = (
@@ -52,8 +55,23 @@ class _Parser(argparse.ArgumentParser):
     """Bad arguments are one line and exit 2, like every other bad input."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
-        raise SystemExit(2)
+        _tell(f"{message}; see {self.prog} --help")
+        raise SystemExit(BAD_INPUT)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, but an option that nobody knows ends here, where those that are known are at hand."""
+        found, rest = super().parse_known_args(args, namespace)
+        if unknown := [text for text in rest if text.startswith("-") and text != "-"]:
+            hint = _did_you_mean(unknown[0].split("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, rest
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += _did_you_mean(str(value), map(str, action.choices or ()))
+            raise
 
 
 class _Check(argparse.Action):
@@ -95,29 +113,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     With ``--json`` stdout carries the command's one JSON object and everything else goes to stderr.
     """
+    _prepare_streams()
     args = _parse(argv)
     _quiet()
     machine_readable = getattr(args, "json", False)
     try:
-        with _stdout_to_stderr() if machine_readable else contextlib.nullcontext():
+        with _ended_by_sigterm(), _stdout_to_stderr() if machine_readable else contextlib.nullcontext():
             result = args.handler(args)
         if machine_readable and result is not None:
-            print(json.dumps(result), flush=True)
+            print(json.dumps(result))
+        sys.stdout.flush()  # here, where a full disk can still be told
     except UserError as e:
-        for line in str(e).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        _tell(str(e))
         return e.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except MemoryError:
+        _tell("memory ran out; run it where there is more of it, or on less at a time")
+        return 1
     except Exception as e:  # an internal failure: the traceback is for a bug report
         if isinstance(e, BrokenPipeError) and e.errno == errno.EPIPE:
             # the reader has seen enough; keep the interpreter from flushing into the pipe
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_stdout()
             return 0
         told = of_os_error(e) if isinstance(e, OSError) else None
         if told is not None and not os.environ.get("ELASTIC_MEGATRON_DEBUG"):
-            print(f"error: {told}", file=sys.stderr)
+            _tell(str(told))
+            _discard_stdout()
             return told.status
         traceback.print_exc()
         print("this is a defect of elastic-megatron; please report it with the traceback", file=sys.stderr)
@@ -135,6 +158,64 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if overrides:
         args.overrides = [*args.overrides, *overrides]
     return args
+
+
+def _tell(message: str) -> None:
+    """Print an error, a line for each line of it. What file names hide in it is shown, not sent to the terminal."""
+    for line in message.split("\n"):
+        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+        print(f"error: {shown}", file=sys.stderr)
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    from .recipe.types import did_you_mean
+
+    return did_you_mean(word, known)
+
+
+def _prepare_streams() -> None:
+    """A closed standard stream is as good as /dev/null, and a character that a terminal lacks is written by its number.
+
+    Otherwise the first file that is opened gets the number of the closed stream, and what is printed with it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _discard_stdout() -> None:
+    """Keep the interpreter from writing the rest of stdout when it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """A command that is told to end cleans up as after an interruption.
+
+    Not one rank of several: while it waits for the others inside a collective, no handler runs.
+    """
+
+    def leave(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    ours = threading.current_thread() is threading.main_thread() and os.environ.get("WORLD_SIZE", "1") == "1"
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

@@ -21,13 +21,11 @@ from ..space import ParentShape
 from ..space.parent import LAYER_FIELDS
 from .common_state import GIVE_CONFIG, DistState, UnreadableError
 from .dist_metadata import reading
-from .manifest import FILE, Manifest
+from .manifest import Manifest
 from .pickle_names import Attributes, Unknown
 from .resolve import CONFIG, hf_shape
-from .tracker import TRACKER, folder, iteration_of, read_tracker
 from .yaml_files import read_yaml
 
-BACKEND = "metadata.json"
 RUN_CONFIG = "run_config.yaml"
 _SIZES = {**LAYER_FIELDS, "M": (*LAYER_FIELDS["M"], "mamba_chunk_size")}
 # what a nemotron_h model computes, by Megatron's options: the values under which a Megatron model computes the same
@@ -67,20 +65,6 @@ _NUMERICS_MOE: Mapping[str, tuple[Any, ...]] = {
 _TEXT, _LIST = 10_000, 64
 # lengths and tilings of a run, which no weight and no number depends on
 _OF_THE_RUN = ("max_position_embeddings", "mamba_chunk_size")
-
-
-def foreign_folder(path: Path) -> Path | None:
-    """The ``iter_*`` or ``release`` folder meant by a path: itself, or the one that the tracker of a root names.
-
-    ``None`` where there is none, or it is one of ours. Raises ``UserError`` where the tracker is damaged or names a
-    folder that cannot be read.
-    """
-    if (path / BACKEND).exists():
-        return None if (path / FILE).exists() else path
-    for root in (path, path / "checkpoints"):
-        if (root / TRACKER).exists():
-            return _named(root)
-    return None
 
 
 def foreign_manifest(folder: Path, config: Path | None) -> Manifest:
@@ -247,27 +231,6 @@ def _of_bridge(file: Path) -> dict[str, Any]:
     with reading(file, f"copy it again, or {GIVE_CONFIG}", UnreadableError):
         model = read_yaml(file)["model"]
         return _plain({**model, **(model.get("transformer") or {})})
-
-
-def _named(root: Path) -> Path | None:
-    text = read_tracker(root / TRACKER)
-    number = iteration_of(text)
-    named = root / "release" if number is None else folder(root, number)
-    known = number is not None or text == "release"
-    if any((p / FILE).exists() for p in root.glob("*iter_*")):
-        return None  # a root of ours, about which ``tracker`` knows more
-    if known and (named / BACKEND).exists():
-        return named
-    if not known:
-        raise UserError(
-            f"{root / TRACKER} says {text[:40]!r}; write the number of an iteration, or 'release'"
-        )
-    if not named.is_dir():
-        raise UserError(f"{root / TRACKER} says {text!r}, but {named} is not there; correct the file")
-    raise UserError(
-        f"{named} has no {BACKEND}, so its format is not torch_dist; convert it with Megatron-LM's "
-        "--ckpt-convert-format torch_dist"
-    )
 
 
 def _hf_config(file: Path) -> dict[str, Any]:

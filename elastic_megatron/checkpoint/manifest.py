@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import UserError
 from ..files.json_files import plain_numbers, read_object, write_object
 from ..files.reading import inside
+from ..recipe.types import did_you_mean
 from ..space import Budget, ElasticSpace, ParentShape, SubmodelSpec
 from ..space.stated import checked_name, listed, section, shown
 from .hf_quantised import Quantised, from_file
@@ -46,7 +47,8 @@ class Manifest:
         """A submodel by name. Raises ``UserError`` listing the known names."""
         if name not in self.submodels:
             known = ", ".join(self.submodels) or "none: the checkpoint is not elastic"
-            raise UserError(f"unknown submodel {name!r}; this checkpoint has {known}")
+            hint = did_you_mean(name, self.submodels)
+            raise UserError(f"unknown submodel {name!r}{hint or ';'} this checkpoint has {known}")
         return self.submodels[name]
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from ..errors import UserError
 from . import distributed, integrity, shards, tracker
 from .amax import amax_of
 from .dequantised import dequantised
-from .foreign import foreign_folder, foreign_manifest
+from .foreign import foreign_manifest
 from .hf_read import read_config, read_hf
 from .manifest import FILE, Manifest
+from .named import foreign_folder, is_hf, nowhere
 from .packed import packed
-from .resolve import CONFIG
 from .served import Inputs, inputs_of, inputs_of_training, round_weights
 from .side_files import side_files
 from .stored import StoredModel
@@ -114,19 +114,6 @@ def open_stored(path: Path, config: Path | None = None) -> StoredModel:
     if is_hf(path):
         return read_hf(path)
     raise nowhere(path)
-
-
-def is_hf(path: Path) -> bool:
-    return path.is_dir() and (path / CONFIG).exists()
-
-
-def nowhere(path: Path) -> UserError:
-    what = (
-        "does not exist"
-        if not path.exists()
-        else "is neither a Megatron checkpoint nor a Hugging Face directory"
-    )
-    return UserError(f"{path} {what}; give a run folder, an iter_* folder or a directory with config.json")
 
 
 def _side(folder: Path) -> Path | None:

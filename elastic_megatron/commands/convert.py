@@ -97,6 +97,9 @@ def _to_hf(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(args: argparse.Namespace) -> dict[str, Any] | None:
+    from .arguments import check_import
+
+    check_import(args)
     from ..checkpoint.source import open_stored
     from ..conversion import to_megatron
 
@@ -127,12 +130,13 @@ def _is_recipe(path: Path) -> bool:
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any] | None:
-    from ..conversion import Request
-
     if _is_recipe(args.source):
         return _export_recipe(args)
-    if len(args.destination) > 1:
-        raise UserError(f"{args.destination[1]!r} is too much: export CKPT HF_DIR writes one directory")
+    from .arguments import check_export
+
+    check_export(args)
+    from ..conversion import Request
+
     request = Request(Path(args.destination[0]), args.submodel, args.elastic, args.plain_order)
     return _write(args, [request], config=args.config, dtype=args.dtype)
 
@@ -159,6 +163,9 @@ def _export_recipe(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _slice(args: argparse.Namespace) -> dict[str, Any] | None:
+    from .arguments import check_slice
+
+    check_slice(args)
     from ..conversion import Request
 
     names = list(dict.fromkeys(args.submodel))

@@ -22,7 +22,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "source", type=Path, metavar="SRC", help="Megatron checkpoint or Hugging Face directory"
     )
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text file to score")
+    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text to score, compressed or not")
     parser.add_argument(
         "--submodel", default="all", metavar="NAME|all", help="which submodels (default: all)"
     )
@@ -32,7 +32,12 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
-    results = evaluate_source(args.source, args.text, args.seq_length, args.submodel)
+    from .arguments import at_least, check_served, text_of
+
+    at_least("--seq-length", args.seq_length, 2, ": a window needs 2 tokens to predict one")
+    check_served(args.source, [] if args.submodel in ("all", "parent") else [args.submodel])
+    text = text_of(args.text)
+    results = evaluate_source(args.source, text, str(args.text), args.seq_length, args.submodel)
     if args.json:
         return {"submodels": results}
     for name, r in results.items():
@@ -45,18 +50,18 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def evaluate_source(
-    source: Path, text: Path, seq_length: int, submodel: str = "all"
+    source: Path, text: str, name: str, seq_length: int, submodel: str = "all"
 ) -> dict[str, dict[str, Any]]:
     """Loss and size of the submodels as they will be served: of a quantised model, inputs of linears are rounded too.
 
     The text is tokenised whole without special tokens, cut into consecutive windows of ``seq_length`` and
-    scored on positions 2..n of each.
+    scored on positions 2..n of each. Messages call it ``name``.
 
     Returns:
         ``{name: {"loss" (nats per token), "tokens", "total_params", "active_params", "weights", "weights_bytes"}}``:
         the format or dtype of the weights, and their bytes in a directory of the submodel alone.
 
-    Raises ``UserError`` for a missing text, tokenizer or submodel.
+    Raises ``UserError`` for a text without tokens, a missing tokenizer or submodel.
     """
     from ..checkpoint.source import open_source, open_stored
     from ..cost import account
@@ -66,7 +71,7 @@ def evaluate_source(
 
     opened = open_source(source)
     manifest, space = opened.manifest, space_of(opened.manifest)
-    windows = _windows(opened, text, seq_length)
+    windows = _windows(opened, text, name, seq_length)
     if submodel != "all" and space is None and submodel != "parent":
         manifest.submodel(submodel)
     names = [*manifest.submodels] if submodel == "all" else [submodel]
@@ -84,16 +89,16 @@ def evaluate_source(
     return out
 
 
-def _windows(opened: Source, text: Path, seq_length: int) -> list[Tensor]:
+def _windows(opened: Source, text: str, name: str, seq_length: int) -> list[Tensor]:
     """The text in tokens of the model."""
     from ..data.blend import windows
     from ..data.tokenizer import encode, load_tokenizer
 
     if opened.hf_files is None:
         raise UserError(f"{opened.path} carries no tokenizer; export it with a model that has one")
-    found = list(windows(encode(load_tokenizer(opened.hf_files), _read(text)), seq_length))
+    found = list(windows(encode(load_tokenizer(opened.hf_files), text), seq_length))
     if not found:
-        raise UserError(f"{text} has fewer than 2 tokens; give a longer text")
+        raise UserError(f"{name} has fewer than 2 tokens; give a longer text")
     largest, size = max(int(w.max()) for w in found), opened.manifest.shape.vocab_size
     if largest >= size:
         raise UserError(
@@ -110,12 +115,3 @@ def _stored(stored: StoredModel, submodel: str | None) -> dict[str, Any]:
     dtype = str(stored.dtype(next(iter(stored.tensors.values())))).removeprefix("torch.")
     weights = _DTYPES[dtype] if stored.quantised is None else stored.quantised.format.name
     return {"weights": weights, "weights_bytes": weights_bytes(stored, submodel)}
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"--text {path} cannot be read ({e.strerror}); give a UTF-8 text file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--text {path} is no UTF-8 text; convert it first") from None

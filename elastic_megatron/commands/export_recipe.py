@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.named import check_cut, described
 from ..errors import UserError
 from ..files.json_files import write_object
 from ..files.lock import beside, locked
@@ -45,15 +46,18 @@ def export(
     Raises ``UserError`` for a recipe without ``export`` or ``model.checkpoint``, where a destination holds something
     that was not exported from this checkpoint in this way, and as ``conversion.to_hf``.
     """
+    section, checkpoint = recipe.export, recipe.model.checkpoint
+    if section is None or checkpoint is None:
+        lacking = "export" if section is None else "model.checkpoint"
+        raise UserError(f"the recipe has no {lacking}, so there is nothing to export; add it")
+    if (manifest := described(checkpoint)) is not None:
+        for name in section.submodels or (None,):
+            check_cut(checkpoint, manifest, name, section.elastic is not None)
     import torch
 
     from ..checkpoint.source import open_stored
     from ..conversion import Report, to_hf
 
-    section, checkpoint = recipe.export, recipe.model.checkpoint
-    if section is None or checkpoint is None:
-        lacking = "export" if section is None else "model.checkpoint"
-        raise UserError(f"the recipe has no {lacking}, so there is nothing to export; add it")
     source = open_stored(checkpoint)
     origin = {"checkpoint": str(source.path), "digest": digest(source.path), "dtype": section.dtype}
     requests, file = requests_of(recipe), recipe.run_dir / RECORD

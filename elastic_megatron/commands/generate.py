@@ -58,14 +58,15 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    from .arguments import check_served, text_of
+
     _check(args)
-    text = args.prompt if args.prompt is not None else _read(args.prompt_file)
+    check_served(args.source, [name for name in (args.submodel, args.think, args.answer) if name is not None])
+    text = args.prompt if args.prompt is not None else text_of(args.prompt_file, as_text=True)
     from ..checkpoint.source import open_source
     from ..data.tokenizer import load_tokenizer
 
     opened = open_source(args.source)
-    for name in filter(None, (args.submodel, args.think, args.answer)):
-        opened.manifest.submodel(name)
     if opened.hf_files is None:
         raise UserError(f"{args.source} carries no tokenizer; export it with a model that has one")
     tokenizer = load_tokenizer(opened.hf_files)
@@ -78,6 +79,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise ``UserError`` for options that do not fit together, or numbers out of range."""
+    from .arguments import at_least
+
     asked = [o for o, value in (("--think", args.think), ("--answer", args.answer), ("--budget", args.budget))
              if value is not None]  # fmt: skip
     if asked and len(asked) < 3:
@@ -86,12 +89,10 @@ def _check(args: argparse.Namespace) -> None:
         )
     if asked and args.submodel is not None:
         raise UserError("--submodel and --think exclude each other; leave one out")
-    if asked and args.budget < 0:
-        raise UserError(f"--budget {args.budget}; give 0 or more tokens")
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {args.max_new_tokens}; give at least 1")
-    if not args.temperature >= 0:
-        raise UserError(f"--temperature {args.temperature}; give 0 or more")
+    if asked:
+        at_least("--budget", args.budget, 0)
+    at_least("--max-new-tokens", args.max_new_tokens, 1)
+    at_least("--temperature", args.temperature, 0)
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top-p {args.top_p}; give a number above 0 and at most 1")
 
@@ -158,14 +159,3 @@ def _summary(
         "finished": found.finished,
         "seconds": round(seconds, 3),
     }
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as e:
-        raise UserError(
-            f"--prompt-file {path} cannot be read ({e.strerror}); give a UTF-8 text file"
-        ) from None
-    except UnicodeDecodeError:
-        raise UserError(f"--prompt-file {path} is no UTF-8 text; convert it first") from None

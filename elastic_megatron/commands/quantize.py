@@ -19,9 +19,12 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from ..recipe import load
-    from ..training.quantize import quantize
+    from ..training.checks import check_quantize
 
     recipe = load(args.recipe, args.overrides)
+    check_quantize(recipe)
+    from ..training.quantize import quantize
+
     done = quantize(recipe)
     if not done.main:
         return None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from ..errors import UserError
 
 
 def add_parser(subparsers: Any) -> None:
@@ -30,19 +31,10 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     # threads that wait must sleep: spinning ones stall each other as soon as the machine has other work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from ..errors import UserError
     from ..quickstart import quickstart
 
     if (args.text is None) != (args.heldout is None):
         raise UserError("--text and --heldout come together: one to train on, one to be judged on")
-    before = signal.signal(signal.SIGTERM, _leave)
-    try:
-        report = quickstart(args.out, recipes=args.recipes, text=args.text, heldout=args.heldout)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    # SIGTERM is an exception, so that the training ranks are stopped too: they save and leave nothing running
+    report = quickstart(args.out, recipes=args.recipes, text=args.text, heldout=args.heldout)
     return report if args.json else None
-
-
-def _leave(number: int, _: object) -> NoReturn:
-    """An exception, so that the training ranks are stopped too: they save and leave nothing running."""
-    raise SystemExit(128 + number)

@@ -16,10 +16,13 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from ..recipe import load
+    from ..training.checks import check_rank
+
+    recipe = load(args.recipe, args.overrides)
+    check_rank(recipe)
     from ..report.ranking_plots import plot_ranking
     from ..training.rank import rank
 
-    recipe = load(args.recipe, args.overrides)
     ranked = rank(recipe)
     if not ranked.main:
         return None

@@ -26,10 +26,12 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Train. After a signal the run is saved and the exit status is ``training.signals.exit_status``."""
     from ..recipe import load
+    from ..training.checks import check_train
     from ..training.signals import exit_status, leaving_at_once
 
     with leaving_at_once():
         recipe = load(args.recipe, args.overrides)
+        check_train(recipe)
         from ..training.train import train
 
         outcome = train(recipe)

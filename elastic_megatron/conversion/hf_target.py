@@ -20,12 +20,14 @@ from ..checkpoint.hf_quantised import FILE as QUANT_CONFIG
 from ..checkpoint.hf_quantised import KEY, Quantised
 from ..checkpoint.hf_read import CONFIG, ELASTIC_CONFIG
 from ..checkpoint.manifest import Manifest
+from ..checkpoint.named import check_cut
 from ..checkpoint.nested import nested_manifest
 from ..checkpoint.side_files import copy_side_files, side_files
 from ..checkpoint.stored import Entry, ModelTensor, StoredModel, stored_shapes
 from ..errors import UserError
 from ..files.json_files import plain_numbers, write_object
 from ..files.lock import beside, locked
+from ..files.targets import check_vacant
 from ..files.writing import private_folder
 from ..quantization.formats import WEIGHT
 from .card import model_card
@@ -93,7 +95,7 @@ def to_hf(
         targets = [plan.request.directory for plan in plans]
         held = [stack.enter_context(locked(beside(t), "export")) for t in targets]
         for target in targets:
-            _check_vacant(target)  # again: it may have been written since
+            check_vacant(target)  # again: it may have been written since
         folders = [stack.enter_context(private_folder(target)) for target in targets]
         sinks = [HFSink(folder, plan, max_shard_bytes) for folder, plan in zip(folders, plans, strict=True)]
         models, seen = [plan.model for plan in plans], [Nonfinite(p.request.directory) for p in plans]
@@ -174,21 +176,10 @@ def _title(request: Request) -> str:
 
 
 def _check_request(request: Request, source: StoredModel) -> None:
-    _check_vacant(request.directory)
-    if (request.elastic or request.submodel is not None) and source.manifest.space is None:
-        raise UserError(
-            f"{source.path} is not elastic and has no submodels (it has no elastic_config.json, or one without a "
-            "space); train it with a space, or convert it without --submodel and --elastic"
-        )
+    check_vacant(request.directory)
+    check_cut(source.path, source.manifest, request.submodel, request.elastic)
     if request.elastic and request.plain_order:
         raise UserError("--elastic keeps the stored order, which --plain-order undoes; choose one of them")
-
-
-def _check_vacant(directory: Path) -> None:
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(
-            f"{directory} already exists and is not empty; choose another destination or remove it"
-        )
 
 
 def _quantised(source: StoredModel, model: Model) -> Quantised | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +18,13 @@ import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import DType
 from torch.utils.data import Dataset
 
 from elastic_megatron.data.index_cache import building
+from elastic_megatron.data.token_files import check_prefix
 from elastic_megatron.errors import UserError
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
-
-_INDEX_HEADER = struct.Struct("<9sQBQQ")
 
 _DIGEST_WHOLE_BYTES = 16 << 20
 _DIGEST_BLOCKS = 64
@@ -91,44 +88,6 @@ def build_dataset(
     return train
 
 
-def _check_prefix(prefix: str) -> None:
-    for suffix in (".bin", ".idx"):
-        if not Path(f"{prefix}{suffix}").is_file():
-            raise UserError(
-                f"data set {prefix}: {prefix}{suffix} is missing; write it by: "
-                f"elastic-megatron prepare-data INPUT --output {prefix} --tokenizer DIR"
-            )
-    described = _described_bytes(Path(f"{prefix}.idx"))
-    if described is None:
-        raise UserError(f"data set {prefix}: {prefix}.idx is no Megatron index; run prepare-data again")
-    if described == 0:
-        raise UserError(f"data set {prefix}: holds no tokens; run prepare-data again with more input")
-    if described != Path(f"{prefix}.bin").stat().st_size:
-        raise UserError(f"data set {prefix}: .bin and .idx do not belong together; run prepare-data again")
-
-
-def _described_bytes(idx: Path) -> int | None:
-    """Size of the .bin that an index describes: where its last sequence ends. None if it is no index.
-
-    Layout (``_IndexWriter`` in ``megatron/core/datasets/indexed_dataset.py``): magic, version, dtype code,
-    number n of sequences, number of documents; then n lengths (int32) and n byte offsets (int64).
-    """
-    with idx.open("rb") as stream:
-        header = stream.read(_INDEX_HEADER.size)
-        if len(header) < _INDEX_HEADER.size:
-            return None
-        magic, version, code, sequences, documents = _INDEX_HEADER.unpack(header)
-        known = magic == b"MMIDIDX\x00\x00" and version == 1 and code in [dtype.value for dtype in DType]
-        if not known or idx.stat().st_size < _INDEX_HEADER.size + 12 * sequences + 8 * documents:
-            return None
-        if sequences == 0:
-            return 0
-        stream.seek(_INDEX_HEADER.size + 4 * (sequences - 1))
-        length = int.from_bytes(stream.read(4), "little")
-        stream.seek(_INDEX_HEADER.size + 4 * sequences + 8 * (sequences - 1))
-        return int.from_bytes(stream.read(8), "little") + length * DType.size(code)
-
-
 def sample_indices(
     first_sample: int, *, micro_batch_size: int, dp_rank: int, dp_size: int, microbatch: int
 ) -> range:
@@ -177,7 +136,7 @@ def data_digest(prefixes: Sequence[str]) -> str:
     """
     digest = hashlib.sha256()
     for prefix in prefixes:
-        _check_prefix(prefix)
+        check_prefix(prefix)
         for suffix in (".idx", ".bin"):
             hash_file(digest, Path(f"{prefix}{suffix}"))
     return digest.hexdigest()

@@ -11,7 +11,7 @@ from elastic_megatron.errors import UserError
 from elastic_megatron.files.targets import check_writable
 
 BYTES = "bytes"
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "config.json")
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 
 
 def outputs_of(output: Path, valid_fraction: float | None) -> list[Path]:

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import AGAIN, UserError
+from ..files.targets import check_writable
 from ..files.lock import locked, within
 from ..files.writing import write_text
 from ..recipe import Recipe, dump, load
@@ -57,6 +58,7 @@ def quickstart(
     everything is saved, run again to go on.
     """
     story = _story(out.resolve(), recipes, text, heldout)
+    check_writable(story.out)
     with locked(within(story.out), "quickstart"):
         return _told(story)
 

@@ -30,11 +30,6 @@ def dataset(
     )
 
 
-def check_files(recipe: Recipe) -> None:
-    """Raise ``UserError`` where a file of the recipe's data is missing or damaged."""
-    blend.data_digest([str(s.path) for s in (*recipe.data.train, *recipe.data.valid)])
-
-
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:
     """Raise ``UserError`` for ids that the model has no embedding for. ``tokens`` lie on the CPU."""
     if int(tokens.max()) >= vocab_size:

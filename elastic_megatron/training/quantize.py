@@ -28,7 +28,8 @@ from ..space import ElasticSpace, SubmodelSpec
 from .batches import eval_batch_size, eval_windows
 from .build import bare_model, build_teacher, linears
 from .calibration import CalibrationData, shown
-from .datasets import check_files, dataset
+from .checks import check_quantize
+from .datasets import dataset
 from .distill import DistilledChunk
 from .evaluate import evaluate
 from .experts import moe_overrides
@@ -81,7 +82,7 @@ def quantize(recipe: Recipe) -> Calibrated:
 
 def quantizable(recipe: Recipe) -> Quantizable:
     """What a recipe quantises, on all ranks, which are joined. Raises ``UserError`` as ``quantize``."""
-    _check(recipe)
+    check_quantize(recipe)
     source = parent_source(recipe)
     manifest = source.manifest
     if source.inputs is not None:
@@ -119,16 +120,6 @@ def rounding_of(recipe: Recipe, folder: Path) -> Rounding:
             f"section of {recipe.run_dir / 'recipe.yaml'}"
         )
     return Rounding(found, amax_of(folder, manifest))
-
-
-def _check(recipe: Recipe) -> None:
-    if recipe.quantize is None:
-        raise UserError(
-            "the recipe has no section quantize, so there is nothing to do; add it, with a format"
-        )
-    if not recipe.data.train:
-        raise UserError("the recipe has no data.train to calibrate on; add prefixes written by prepare-data")
-    check_files(recipe)
 
 
 def _quantize(folder: HeldFolder, recipe: Recipe, given: Quantizable) -> Calibrated:

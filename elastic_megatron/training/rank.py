@@ -17,13 +17,13 @@ from ..checkpoint.resolve import elastic_space
 from ..checkpoint.run_folder import check_resumed
 from ..checkpoint.sort import sort_model, sort_space
 from ..checkpoint.source import Source
-from ..cost.layout import check_sequence
 from ..errors import UserError
 from ..importance import Ranking, collect
 from ..importance.depth import squared_error
 from ..recipe import Recipe
 from ..space import ElasticSpace
 from .calibration import CalibrationData, shown
+from .checks import check_rank
 from .datasets import dataset
 from .experts import expert_execution
 from .family import DTYPES, parent_source
@@ -55,7 +55,7 @@ def rank(recipe: Recipe) -> Ranked:
     not depend on ``recipe.parallel``. Raises ``UserError`` for a recipe without choices or data, for samples that
     do not divide among the data-parallel ranks, and where the sorted model computes something else than the parent.
     """
-    _check(recipe)
+    check_rank(recipe)
     check_resumed(recipe, "rank")
     source = parent_source(recipe)
     if source.manifest.ranking is not None:
@@ -125,19 +125,6 @@ def sort_by_importance(
             "this is a defect"
         )
     return ranking, error
-
-
-def _check(recipe: Recipe) -> None:
-    if recipe.quantize is not None:
-        raise UserError("the recipe has a section quantize; sort first and quantise then: set quantize=null")
-    if not recipe.space.choices:
-        raise UserError("the recipe has no space.choices, so there is nothing to rank; name the elastic axes")
-    if "num_layers" in recipe.space.choices and not recipe.rank.depth:
-        raise UserError("num_layers is elastic but rank.depth is false; set rank.depth: true")
-    if not recipe.data.train:
-        raise UserError("the recipe has no data.train to calibrate on; add prefixes written by prepare-data")
-    for problem in check_sequence(recipe.parallel, "rank", recipe.rank.seq_length):
-        raise UserError(problem)
 
 
 def _logits(chunks: Sequence[Any], batch: dict[str, Tensor]) -> list[Tensor]:

@@ -17,15 +17,14 @@ from ..checkpoint.manifest import Manifest
 from ..checkpoint.resolve import budgets, elastic_space
 from ..checkpoint.run_folder import check_resumed
 from ..checkpoint.source import Source
-from ..errors import UserError
 from ..ops.mix import SubmodelMix
 from ..recipe import Recipe
 from ..space import ElasticSpace
 from .assess import Assessment
 from .batches import Batches
 from .build import Model, build_student, build_teacher, open_teacher_cache
+from .checks import check_train
 from .curriculum import Curriculum, LearningRate
-from .datasets import check_files
 from .divergence import DivergenceWatch, ExpertBiases, gradient_norm
 from .family import family_of, parent_source
 from .held_folder import HeldFolder, held_folder
@@ -63,8 +62,7 @@ def train(recipe: Recipe) -> Outcome:
     ``quantize``, if that was not done. Raises ``UserError`` for recipes that cannot run here; every other failure is a
     defect.
     """
-    _check(recipe)
-    check_files(recipe)
+    check_train(recipe)
     check_resumed(recipe, "train")
     source = parent_source(recipe)
     space, widths = elastic_space(recipe, source.manifest) if recipe.budgets else None, None
@@ -78,13 +76,6 @@ def train(recipe: Recipe) -> Outcome:
             start(recipe, source.manifest.shape, space, widths)
         with StopSignal() as stop:
             return _train(recipe, source, space, folder, stop, main)
-
-
-def _check(recipe: Recipe) -> None:
-    if not recipe.stages:
-        raise UserError("the recipe has no stages, so there is nothing to train; add stages:")
-    if not recipe.data.train:
-        raise UserError("the recipe has no data.train; add prefixes written by prepare-data")
 
 
 def _train(

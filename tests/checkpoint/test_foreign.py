@@ -18,8 +18,9 @@ import yaml
 from torch import Tensor
 
 from elastic_megatron.checkpoint.common_state import DistState
-from elastic_megatron.checkpoint.foreign import foreign_folder, foreign_manifest
+from elastic_megatron.checkpoint.foreign import foreign_manifest
 from elastic_megatron.checkpoint.manifest import FILE, Manifest
+from elastic_megatron.checkpoint.named import foreign_folder
 from elastic_megatron.checkpoint.stored import ModelTensor, model_tensors
 from elastic_megatron.checkpoint.torch_dist import open_torch_dist
 from elastic_megatron.checkpoint.torch_dist_names import dist_pieces

@@ -89,7 +89,7 @@ REQUESTS: dict[str, tuple[Callable[[Story, Path], list[Any]], str]] = {
     ),
     "elastic export of a plain model": (
         lambda s, t: ["export", s.root / "runs/parent", t / "hf", "--elastic"],
-        r"parent/checkpoints/iter_\d+ is not elastic and has no submodels",
+        r"runs/parent is not elastic and has no submodels",
     ),
     "family in plain order": (
         lambda s, t: ["export", s.elastic, t / "hf", "--elastic", "--plain-order"],
@@ -123,7 +123,7 @@ REQUESTS: dict[str, tuple[Callable[[Story, Path], list[Any]], str]] = {
         lambda s, t: ["train", s.recipe("parent"), f"run_dir={s.text}"],
         r"valid\.txt: (Not a directory|File exists)",
     ),
-    "export below a file": (lambda s, t: ["export", s.elastic, s.text / "hf"], r"valid\.txt cannot be written \(Not a directory\)"),
+    "export below a file": (lambda s, t: ["export", s.elastic, s.text / "hf"], r"cannot be written \(.*valid\.txt: Not a directory\)"),
     "shards of no size": (
         lambda s, t: ["slice", s.elastic, t / "hf", "--submodel", "small", "--max-shard-size", "5 bananas"],
         r"argument --max-shard-size: '5 bananas' is no size; write 5GB, 500MB or 2GiB; see",
@@ -132,11 +132,11 @@ REQUESTS: dict[str, tuple[Callable[[Story, Path], list[Any]], str]] = {
         lambda s, t: ["export", s.elastic, t / "hf", "--config", t],
         r"has no config\.json; give a Hugging Face model directory",
     ),
-    "no text": (lambda s, t: ["eval", s.elastic, "--text", t / "no.txt"], r"no\.txt cannot be read \(No such file"),
-    "text is a folder": (lambda s, t: ["eval", s.elastic, "--text", t], r"cannot be read \(Is a directory\)"),
+    "no text": (lambda s, t: ["eval", s.elastic, "--text", t / "no.txt"], r"no\.txt: no such file"),
+    "text is a folder": (lambda s, t: ["eval", s.elastic, "--text", t], r": is a directory; name its files"),
     "windows of one token": (
         lambda s, t: ["eval", s.elastic, "--text", s.text, "--seq-length", 1],
-        r"seq_length 1: a window needs 2 tokens",
+        r"--seq-length 1: a window needs 2 tokens",
     ),
     "run folder without a run": (lambda s, t: ["report", t], r"has no metrics\.jsonl, report\.json or ranking"),
     "no run folder": (lambda s, t: ["report", t / "no"], r"run folder .*/no does not exist"),
@@ -230,13 +230,15 @@ def test_typo_in_a_recipe_is_named_with_its_place(story: Story, tmp_path: Path) 
     assert all(line.startswith(f"{recipe}:4:") for line in lines)
 
 
-@pytest.mark.parametrize("content", [b"", b"T", b"\xff\xfe broken"], ids=["empty", "one letter", "not UTF-8"])
-def test_text_that_cannot_be_scored(story: Story, tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"", " is empty"), (b"T", " has fewer than 2 tokens"), (b"A\n\xe9", ":2: not UTF-8")],
+)
+def test_text_that_cannot_be_scored(story: Story, tmp_path: Path, content: bytes, said: str) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes(content)
     [line] = refused("eval", story.root / "elastic_hf", "--text", text, "--json")
-    assert str(text) in line
-    assert ("is no UTF-8 text" if content.startswith(b"\xff") else "fewer than 2 tokens") in line
+    assert f"{text}{said}" in line
 
 
 def test_internal_failure_is_a_defect(monkeypatch: pytest.MonkeyPatch, story: Story) -> None:

@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from elastic_megatron.checkpoint.foreign import foreign_folder, foreign_manifest
+from elastic_megatron.checkpoint.foreign import foreign_manifest
 from elastic_megatron.checkpoint.hf_read import read_hf
+from elastic_megatron.checkpoint.named import foreign_folder
 from elastic_megatron.checkpoint.torch_dist import open_torch_dist
 from elastic_megatron.conversion import Request, to_hf
 from elastic_megatron.space import ParentShape

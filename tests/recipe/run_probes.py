@@ -350,7 +350,7 @@ def quantising(recipe: Recipe) -> Any:
     with patched(
         parent_source=(quantize, source_of),
         newest=(quantize.tracker, lambda _: None),
-        check_files=(quantize, lambda _: None),
+        check_quantize=(quantize, lambda _: None),
         start_whole_stages=(quantize, lambda *_: SimpleNamespace(rank=1)),
         held_folder=(quantize, lambda *_: contextlib.nullcontext(SimpleNamespace(describe=lambda _: None))),
         check_finite=(quantize, lambda *_, **__: None),

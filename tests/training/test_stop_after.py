@@ -133,7 +133,7 @@ def status(*arguments: str) -> int | str | None:
         return e.code
 
 
-@pytest.mark.parametrize("moment", ["check_files", "parent_source", "start"])
+@pytest.mark.parametrize("moment", ["check_train", "parent_source", "start"])
 def test_usr1_while_a_job_sets_up_leaves_at_once(
     elastic: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
