@@ -15,8 +15,8 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import AGAIN, UserError
-from ..files.targets import check_writable
 from ..files.lock import locked, within
+from ..files.targets import check_writable
 from ..files.writing import write_text
 from ..recipe import Recipe, dump, load
 from .phases import Phases

@@ -381,7 +381,8 @@ def exports(recipe: Recipe) -> Any:
     """The directories that an export writes, and how."""
     stored = SimpleNamespace(path=Path("checkpoint"))
     with patched(
-        open_stored=(checkpoint_source, lambda path: stored), to_hf=(conversion, stop), digest=(export_recipe, lambda _: "0")
+        described=(export_recipe, lambda _: None), open_stored=(checkpoint_source, lambda path: stored),
+        to_hf=(conversion, stop), digest=(export_recipe, lambda _: "0"),
     ), pytest.raises(Stop) as caught:  # fmt: skip
         export_recipe.export(recipe, max_shard_bytes=1)
     (_, requests), options = caught.value.seen  # type: ignore[misc]

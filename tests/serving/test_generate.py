@@ -186,7 +186,7 @@ def test_a_prompt_may_be_a_file(root: Path, tmp_path: Path, capsys: pytest.Captu
         (["--think", "a", "--answer", "b", "--budget", "1", "--submodel", "c"], "exclude each other"),
         (["--think", "whole", "--answer", "middle", "--budget", "1"], "unknown submodel 'middle'.* whole, small"),
         (["--submodel", "tiny"], "unknown submodel 'tiny'"),
-        (["--max-new-tokens", "0"], "--max-new-tokens 0; give at least 1"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0; give 1 or more"),
         (["--temperature", "-1"], "--temperature -1.0; give 0 or more"),
         (["--temperature", "nan"], "--temperature nan"),
         (["--top-p", "0"], "--top-p 0.0; give a number above 0"),
@@ -215,12 +215,12 @@ def refused(capsys: pytest.CaptureFixture[str], words: str, *arguments: object) 
 def test_bad_sources_and_prompts_are_one_line(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "latin").write_bytes(b"\xff\xfe\xff")
+    (tmp_path / "latin").write_bytes(b"\xe9")
     for words, *arguments in (
         ("does not exist; give a run folder", tmp_path / "none", "--prompt", "a"),
         ("one of the arguments --prompt --prompt-file is required", root / "elastic"),
-        ("cannot be read", root / "elastic", "--prompt-file", tmp_path / "none"),
-        ("is no UTF-8 text", root / "elastic", "--prompt-file", tmp_path / "latin"),
+        ("none: no such file", root / "elastic", "--prompt-file", tmp_path / "none"),
+        ("latin:1: not UTF-8", root / "elastic", "--prompt-file", tmp_path / "latin"),
         ("the prompt is empty", root / "elastic", "--prompt", "", "--plain"),
         (
             "has none: the checkpoint is not elastic",
