@@ -138,8 +138,15 @@ def acquire(file: Path, command: str, patience: float = 0.0) -> Held:
                 print(f"{file}: taken over from {found}, which is no longer running", file=sys.stderr)
                 break
         remove_abandoned(file.parent, file.name)
-    except OSError as e:
-        raise OSError(e.errno, e.strerror, str(file.parent)) from e
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            if owner_of(file) == me:  # made a moment before a signal
+                file.unlink()
+            for folder in made:
+                folder.rmdir()
+        if isinstance(e, OSError):
+            raise OSError(e.errno, e.strerror, str(file.parent)) from e
+        raise
     return Held(file, me, made)
 
 
@@ -183,9 +190,8 @@ def _waited_for(file: Path, me: Owner, patience: float) -> Owner | None:
 
 def _create(file: Path, me: Owner, made: list[Path]) -> bool:
     """Make the lock file, whole, and ``made`` folders for it; false where somebody was faster."""
-    missing = [p for p in (file.parent, *file.parent.parents) if not p.exists()]
+    made += [p for p in (file.parent, *file.parent.parents) if not p.exists() and p not in made]
     file.parent.mkdir(parents=True, exist_ok=True)
-    made += [p for p in missing if p not in made]
     private = private_name(file)
     try:
         private.write_text(_text(me))
