@@ -11,10 +11,12 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files.json_files import parse, plain_numbers, write_object
 from ..files.reading import inside, open_regular
 
 _PATTERNS = (
@@ -36,6 +38,8 @@ _WRITTEN = re.compile(
     r"\..*|.*\.safetensors|model\.safetensors\.index\.json|config\.json|elastic_config\.json|hf_quant_config\.json"
     r"|README\.md"
 )
+# a tokenizer may also have them as words
+_NO_JSON = (b"Infinity", b"NaN", b"__float__")
 # a module of the directory; "owner/name--module.Class" is code of a repository of the hub
 _LOCAL = re.compile(r"([A-Za-z_]\w*)\.[A-Za-z_]\w*", re.ASCII)
 
@@ -71,7 +75,19 @@ def copy_side_files(directory: Path, config: Mapping[str, Any], destination: Pat
     for name in names:
         (destination / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(directory / name, destination / name)
+        if name.endswith(".json"):
+            _make_strict(destination / name)
     return names
+
+
+def _make_strict(file: Path) -> None:
+    """Write numbers that JSON lacks, as in a ``generation_config.json`` of older programs, as it has them."""
+    text = file.read_bytes()
+    if any(word in text for word in _NO_JSON):
+        with suppress(ValueError):  # what is no JSON at all is no business of ours
+            data = parse(text)
+            if (plain := plain_numbers(data)) != data:
+                write_object(file, plain, indent=2)
 
 
 def left_behind(directory: Path, config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -77,7 +77,11 @@ def _files(directory: Path) -> set[str]:
 )
 def test_numbers_that_json_lacks_are_written_as_numbers(directory: Path, infinity: object) -> None:
     state_also(directory, time_step_limit=[0.0, infinity], odd=float("nan"), least=-float("inf"))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "penalty": infinity}))
+    (directory / "tokenizer.json").write_text('{"vocab": {"Infinity":  7}}')
     out, _ = there_and_back(directory)
+    assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": 2, "penalty": LARGEST}
+    assert (out / "tokenizer.json").read_text() == '{"vocab": {"Infinity":  7}}'
     config = stated(out)
     assert (config["time_step_limit"], config["odd"], config["least"]) == ([0.0, LARGEST], None, -LARGEST)
     written = (directory.parent / "c/iter_0000000/elastic.json").read_text()
