@@ -188,6 +188,15 @@ def test_every_number_of_a_configuration_is_compared(mixed: Path, tmp_path: Path
                 lambda: to_hf(source, [Request(tmp_path / "out")], verify=True),
                 tmp_path / "out",
             )
+        # what is written as it was planned, and planned wrongly; nothing of the model says whether experts are shared
+        with monkeypatch.context() as patch:
+            after(patch, hf_target, "hf_config", lambda c, *_, f=field, w=wrong: c | {f: w})
+            if field not in ("n_shared_experts", "torch_dtype"):
+                told(
+                    "config.json (says|states)",
+                    lambda: to_hf(source, [Request(tmp_path / "out")], verify=True),
+                    tmp_path / "out",
+                )
 
 
 def test_sizes_of_single_layers_are_compared(tmp_path: Path, monkeypatch: Patch) -> None:
