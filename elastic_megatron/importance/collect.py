@@ -64,6 +64,7 @@ def collect(
         count, digest = data.finish()
         raw = sums.totals()
         scores = scores_of(raw, parent, widths, head_dim_kept)
+        _check_finite(scores)  # before layers are left out one by one
         orders = {key: order_of(score, parent.groups(_axis(key))) for key, score in scores.items()}
         if depth:
             shared = _shared(first, groups.dp)

@@ -17,6 +17,7 @@ So only linears are converted, not the modules that hold experts: those change h
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import runtime
+from ..checkpoint.agreement import same_on_all_ranks
 from ..checkpoint.amax import Amax
 from ..checkpoint.hf_quantised import Quantised
 from ..checkpoint.shards import Shard, shards
+from ..errors import UserError
 from ..quantization.formats import FP8, NVFP4, Format
 from ..quantization.straight_through import straight_through
 from ..space import ParentShape
@@ -100,6 +103,7 @@ class QuantisedLinears:
     def collect(self) -> None:
         """From now on the inputs of the linears are observed."""
         for linear in self.linears:
+            linear.module.input_quantizer._calibrator = _Largest()
             linear.module.input_quantizer.enable_calib()
 
     @torch.no_grad()
@@ -109,6 +113,8 @@ class QuantisedLinears:
         Both are of the whole model and the same on all ranks; collective over the world. All experts of a layer
         share one magnitude of inputs, as in ModelOpt's max calibration: their kernels take one. So an expert without
         a token has that of the others.
+
+        Raises ``UserError`` on all ranks, with the name of the first linear whose inputs were not finite.
         """
         inputs = {linear.shard.name: _collected(linear.module.input_quantizer) for linear in self.linears}
         unseen = self._unseen(inputs)
@@ -118,6 +124,8 @@ class QuantisedLinears:
             i = kinds[linear.shared]
             largest[i] = torch.maximum(largest[i], inputs[linear.shard.name])
         _largest_of_stage(largest, self._device)
+        with same_on_all_ranks("calibration"):
+            _check_finite(kinds, largest)
         assert (largest >= 0).all(), "a linear that no token reached cannot be calibrated"
         weights = self._weights()
         own = {
@@ -214,6 +222,38 @@ def _with_backend(settings: Sequence[Mapping[str, Any]], *, inputs: bool) -> lis
         if "cfg" in entry and ("weight_quantizer" in name or (inputs and "input_quantizer" in name)):
             entry["cfg"] = {**entry["cfg"], "backend": BACKEND}
     return found
+
+
+class _Largest:
+    """ModelOpt's max calibrator, whose assertion about NaN would end one rank while the others wait for it.
+
+    Here what is not finite counts as infinite, and all ranks hear of it.
+    """
+
+    def __init__(self) -> None:
+        self._found: Tensor | None = None
+
+    @torch.no_grad()
+    def collect(self, values: Tensor) -> None:
+        """The largest magnitude of [...] and of what was collected before."""
+        largest = values.abs().amax().float().nan_to_num(nan=math.inf, posinf=math.inf)
+        self._found = largest if self._found is None else torch.maximum(self._found, largest)
+
+    def compute_amax(self) -> Tensor | None:
+        return self._found
+
+    def reset(self) -> None:
+        self._found = None
+
+
+def _check_finite(kinds: Mapping[tuple[int | None, str], int], largest: Tensor) -> None:
+    for (layer, name), index in kinds.items():
+        if largest[index].isinf():
+            where = name if layer is None else f"{name} of decoder.layers.{layer}"
+            raise UserError(
+                f"inputs of {where} are not finite on the calibration data: the model overflows; check "
+                "model.checkpoint, model.dtype and data.train"
+            )
 
 
 def _collected(quantizer: Any) -> Tensor:
