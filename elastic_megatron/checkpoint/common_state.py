@@ -41,8 +41,8 @@ class DistState:
     def rows(self) -> int:
         """Of the embedding, padding included. Raises ``UserError`` where there is none."""
         for key in _EMBEDDINGS:
-            if key in self.metadata.tensors:
-                return self.metadata.tensors[key].size[0]
+            if key in self.metadata.tensors and (size := self.metadata.tensors[key].size):
+                return size[0]
         raise UserError(f"{self.folder}: tensor {_EMBEDDINGS[0]!r} is missing; copy the checkpoint again")
 
     def common(self) -> Any:

@@ -110,7 +110,7 @@ class _Description:
     @cached_property
     def pattern(self) -> str:
         pattern = self.fields.get("hybrid_layer_pattern") or self.fields.get("hybrid_override_pattern")
-        if not pattern:
+        if not pattern or not isinstance(pattern, str):
             raise UserError(
                 f"{self.where}: hybrid_layer_pattern is not set, so this is no hybrid model; only models of the "
                 "Nemotron-H family can be exported"
@@ -156,7 +156,10 @@ class _Description:
         if "E" in self.pattern and "moe_router_topk_scaling_factor" in fields:
             stated["moe_router_topk_scaling_factor"] = fields["moe_router_topk_scaling_factor"] or 1.0
         if "mamba_num_heads" in stated and stated["mamba_num_heads"] is None:
-            stated["mamba_num_heads"] = 2 * stated["hidden_size"] // stated["mamba_head_dim"]
+            sizes = stated["hidden_size"], stated["mamba_head_dim"]
+            if not all(isinstance(size, int) and size > 0 for size in sizes):
+                raise UserError(f"{self.where}: mamba_num_heads, hidden_size or mamba_head_dim is no size")
+            stated["mamba_num_heads"] = 2 * sizes[0] // sizes[1]
         return {
             "hybrid_layer_pattern": self.pattern,
             "tie_embeddings": bool(fields.get("share_embeddings_and_output_weights")),

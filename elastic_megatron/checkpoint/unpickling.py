@@ -1,9 +1,8 @@
 """Pickles as data: nothing that one names is imported or called, and what reading may cost is bounded.
 
 ``pickle`` builds what a file asks for, with whatever code it names. Here each instruction that names, calls or fills
-something asks a table, whose entries make plain records; instructions that current picklers do not write are refused.
-It is not a subclass of ``pickle.Unpickler``: that one hashes what it is given and makes room for any number that a file
-states, so that a few bytes can take all memory or never end.
+something asks a table, whose entries make plain records; what picklers no longer write is refused. It is no subclass of
+``pickle.Unpickler``, which hashes anything and makes room for any number: a few bytes can take all memory, or for ever.
 """
 
 from __future__ import annotations
@@ -15,12 +14,16 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
+
 from .pickle_names import Function, LaterError, Names, Record, Unknown, shown
 
 # of a pickle: its bytes, the bytes of what is made of it, and its instructions, enough for 140,000 chunks of tensors
 SIZE_LIMIT = 32 << 20
 _MEMORY, _STEPS = 320 << 20, 12_000_000
-_KEYS = frozenset({str, int, float, bool, bytes, type(None)})
+# of a key, its parts and theirs, and what they may be
+_KEY_PARTS = 64
+_KEYS = frozenset({str, int, float, bool, bytes, type(None), torch.dtype})
 
 
 def load(data: bytes, names: Names, persistent: Callable[[Any], Any] | None = None) -> Any:
@@ -52,16 +55,14 @@ class _Reader:
         self.memo: list[Any] = []
 
     def run(self) -> Any:
-        instructions = {
-            code: (cost, partial(does, self, *of)) for code, (cost, does, *of) in _INSTRUCTIONS.items()
-        }
+        steps = {code: (cost, partial(does, self, *of)) for code, (cost, does, *of) in _INSTRUCTIONS.items()}
         left, read = _MEMORY, self.read
         for _ in range(_STEPS):
             if (code := read(1)) == pickle.STOP:
                 break
-            if code not in instructions:
+            if code not in steps:
                 raise pickle.UnpicklingError(f"no pickler writes {code!r}" if code else "it ends too early")
-            cost, does = instructions[code]
+            cost, does = steps[code]
             left += (does() or 0) - cost
             if left < 0:
                 raise pickle.UnpicklingError("it would take more memory than that of any checkpoint")
@@ -238,12 +239,12 @@ class _Reader:
 
 def _check_keys(keys: list[Any]) -> None:
     """Raises where hashing one would run through a structure, which may be as large as two to its depth."""
-    for key in keys:
-        kind = type(key)
-        if kind in _KEYS or isinstance(key, Record):
-            continue
-        if not isinstance(key, tuple) or not all(type(part) in _KEYS for part in key):
-            raise pickle.UnpicklingError(f"a {kind.__name__} is a key")
+    for parts in ([key] for key in keys):
+        for part in parts:
+            if isinstance(part, tuple) and len(parts) < _KEY_PARTS:
+                parts += part
+            elif type(part) not in _KEYS and not isinstance(part, Record):
+                raise pickle.UnpicklingError(f"a {type(part).__name__} is a key")
 
 
 _1, _2, _4, _8 = (struct.Struct(f"<{code}") for code in "BHIQ")

@@ -27,7 +27,7 @@ def read_yaml(file: Path) -> Any:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEPTH:
             raise ValueError("it is nested too deeply")
-        if isinstance(event, yaml.ScalarEvent) and event.style is None:
+        if isinstance(event, yaml.ScalarEvent) and not event.style:
             if event.value == "<<":
                 raise ValueError("it merges mappings")
             if _LONG_NUMBER.fullmatch(event.value):

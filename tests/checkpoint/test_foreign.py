@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor
 
 from elastic_megatron.checkpoint.common_state import DistState
+from elastic_megatron.checkpoint.dist_check import check_folder
 from elastic_megatron.checkpoint.foreign import foreign_manifest
 from elastic_megatron.checkpoint.manifest import FILE, Manifest
 from elastic_megatron.checkpoint.named import foreign_folder
@@ -192,6 +193,14 @@ def test_arguments_are_read_as_megatron_itself_reads_them(written: Path, name: s
     named = {k: v for k, v in plain.items() if type(v).__module__ == "builtins"}  # but no enum
     assert len(named) > 300
     assert {k: ours[k] for k in named} == named
+
+
+@pytest.mark.parametrize("name", ["whole", "parts"])
+def test_all_that_megatron_lm_writes_may_be_loaded(written: Path, name: str) -> None:
+    """By torch and Megatron: optimizer, random states and arguments hold nothing that is refused."""
+    path = written / name / "iter_0000002"
+    said = check_folder(path)
+    assert len(said.objects) > 3 and any("exp_avg" in key for key in said.tensors)
 
 
 def test_a_config_is_believed_where_it_agrees(written: Path, tmp_path: Path) -> None:
@@ -387,6 +396,31 @@ def test_damaged_arguments_are_named_unless_a_config_says_all(tmp_path: Path) ->
         foreign_manifest(path, None)
     assert "\n" not in str(e.value)
     assert foreign_manifest(path, hf_config(tmp_path / "hf")).shape == SHAPE
+
+
+YAML_BOMBS = {
+    "merged": "a: &a {k: 1}\nb: &b {<<: [*a, *a]}\nmodel: {<<: [*b, *b]}\n",
+    "deep": "model: " + "[" * 5000 + "]" * 5000,
+    "base 60": "model: {hidden_size: 1" + ":59" * 150_000 + "}",
+    "large": "model: {a: " + "x" * (2 << 20) + "}",
+    "python": "model: !!python/object/apply:os.system [touch ran]",
+    "billion laughs": "l0: &l0 [lol]\n" + "".join(
+        f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]\n" for i in range(1, 40)
+    ) + "model: {hybrid_layer_pattern: *l39}\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bomb", YAML_BOMBS)
+def test_yaml_that_would_grow_or_run_ends_in_one_line(
+    bomb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = folder(tmp_path / "iter_0000001")
+    (path / "run_config.yaml").write_text(YAML_BOMBS[bomb])
+    with pytest.raises(UserError, match="run_config.yaml") as e:
+        foreign_manifest(path, None)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 1000
+    assert not (tmp_path / "ran").exists()
 
 
 def test_damaged_metadata_and_missing_embeddings_are_named(tmp_path: Path) -> None:

@@ -9,17 +9,22 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hf_models import parent, random_state
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import SerializationFormat
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch_dist_by_hand import Cuts, archive, edit, keys_of_megatron, write_by_hand
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties
+from torch_dist_by_hand import Cuts, archive, boxes, edit, keys_of_megatron, write_by_hand
 
+from elastic_megatron.checkpoint.dist_metadata import is_tiling
 from elastic_megatron.checkpoint.manifest import Manifest
 from elastic_megatron.checkpoint.torch_dist import DistFiles, open_torch_dist
 from elastic_megatron.errors import UserError
@@ -165,6 +170,96 @@ def test_chunks_that_overlap_are_refused_even_where_their_sizes_add_up(folder: P
 
     edit(folder, shift)
     reject(folder, f"the chunks of {NORM!r} do not add up to its shape, each place once", REMEDY)
+
+
+@settings(max_examples=200)
+@given(st.data(), st.lists(st.integers(0, 4), min_size=0, max_size=3))
+def test_a_tiling_covers_each_place_once(data: st.DataObject, shape: list[int]) -> None:
+    """By counting: boxes of a grid, some moved, grown, left out or doubled."""
+    cuts = [data.draw(st.lists(st.integers(1, 2), max_size=3)) if n else [0] for n in shape]
+    cuts = [[*c, n - sum(c)] if sum(c) < n else [n] for c, n in zip(cuts, shape, strict=True)]
+    found = [(offsets, tuple(part.shape)) for offsets, part in boxes(torch.zeros(shape), cuts)]
+    for _ in range(data.draw(st.integers(0, 2))):
+        i = data.draw(st.integers(0, len(found) - 1)) if found else 0
+        change = data.draw(st.sampled_from(["move", "grow", "leave out", "double"]))
+        if change == "double":
+            found += found[i : i + 1] * data.draw(st.integers(1, 2))
+        elif change == "leave out":
+            found = found[:i] + found[i + 1 :]
+        elif found and shape:
+            offsets, sizes = found[i]
+            by = data.draw(st.tuples(*(st.integers(0, 1) for _ in shape)))
+            moved = tuple(a + b for a, b in zip(offsets if change == "move" else sizes, by, strict=True))
+            found[i] = (moved, sizes) if change == "move" else (offsets, moved)
+    counts = torch.zeros([n + 8 for n in shape], dtype=torch.int64)
+    for offsets, sizes in found:
+        counts[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))] += 1
+    wanted = torch.zeros_like(counts)
+    wanted[tuple(slice(0, n) for n in shape)] = 1
+    assert is_tiling(shape, found) == torch.equal(counts, wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(lambda p: replace(p, relative_path="../c/__0_0.distcp"), ["'../c/__0_0.distcp'", "no file of its folder"]),
+     (lambda p: replace(p, relative_path="/etc/passwd"), ["'/etc/passwd'", "no file of its folder"]),
+     (lambda p: replace(p, relative_path="a\n\udc80b"), [".metadata is damaged", "relative_path"]),
+     (lambda p: replace(p, relative_path=7), [".metadata is damaged", "relative_path"]),
+     (lambda p: replace(p, relative_path="fifo"), ["fifo is a FIFO"]),
+     (lambda p: replace(p, relative_path="link"), ["link leads out of"]),
+     (lambda p: replace(p, offset=-1), [".metadata is damaged", "offset"]),
+     (lambda p: replace(p, offset=1.5), [".metadata is damaged", "offset"]),
+     (lambda p: replace(p, offset=1 << 59), ["a part of", "ends at"]),
+     (lambda p: replace(p, length=1 << 59), ["a part of", "ends at"]),
+     (lambda p: replace(p, length=60), ["no torch archive of [16] values", "60 bytes"])],
+)  # fmt: skip
+def test_a_place_that_is_none_is_refused(
+    folder: Path, change: Callable[[Any], Any], words: list[str]
+) -> None:
+    os.mkfifo(folder / "fifo")
+    (folder / "link").symlink_to(folder.parent / "elsewhere")
+    index = MetadataIndex(NORM, [0])
+    edit(folder, lambda m: m.storage_data.update({index: change(m.storage_data[index])}))
+    reject(folder, *words)
+
+
+def test_a_size_that_no_file_has_room_for_is_refused(folder: Path) -> None:
+    def grow(metadata: Metadata) -> None:
+        item = metadata.state_dict_metadata["output_layer.weight"]
+        item.size = item.chunks[0].sizes = torch.Size([1 << 40, 16])
+
+    edit(folder, grow)
+    reject(folder, "no torch archive of [1099511627776, 16] values")
+
+
+@pytest.mark.parametrize("what", ["class", "field", "dtype", "property", "protocol"])
+def test_what_a_later_torch_wrote_is_named_as_such(folder: Path, what: str) -> None:
+    file = folder / ".metadata"
+    content, words = file.read_bytes(), ""
+    if what == "class":
+        words, content = (
+            "TensorStorageMetadatb",
+            content.replace(b"TensorStorageMetadata", b"TensorStorageMetadatb"),
+        )
+    elif what == "field":
+        words, content = "a Chunk with the field offsett", content.replace(b"offsets", b"offsett")
+    elif what == "dtype":
+        words, content = "torch.float33", content.replace(b"float32", b"float33")
+    elif what == "protocol":
+        words, content = "pickle protocol 9", b"\x80\x09" + content[2:]
+    else:
+        words, content = "tensors with 6 properties", content
+        with pytest.MonkeyPatch.context() as patch:
+            state = TensorProperties.__getstate__
+            patch.setattr(TensorProperties, "__getstate__", lambda self: (*state(self), "new"))
+            patch.setattr(TensorProperties, "__setstate__", lambda self, s: before(self, s[:5]))
+            edit(folder, lambda _: None)
+            content = file.read_bytes()
+    file.write_bytes(content)
+    reject(folder, words, f"which torch {torch.__version__} does not know: a later release wrote it")
+
+
+before = TensorProperties.__setstate__
 
 
 def test_chunks_of_an_extension_are_refused(folder: Path) -> None:
