@@ -92,7 +92,7 @@ def _dry_run(args: argparse.Namespace, chain: JobChain, findings: list[Finding])
     from ..slurm import scheduler
     from ..slurm.record import done
     from ..slurm.script import files_of, links, script_path
-    from ..slurm.submission import dependency
+    from ..slurm.sending import dependency
 
     files = files_of(chain)
     commands = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import yaml
 
 from ..errors import UserError
 from ..files import lock
-from ..recipe import JobChain
+from ..files.reading import read_text
 from . import scheduler
 from .answers import JobId, Queued
 from .record import JobRecord, Record
@@ -67,19 +67,33 @@ def adopted(found: Record, queue: Sequence[Queued]) -> Record:
     return replace(found, jobs=jobs)
 
 
-def refuse_shared(chain: JobChain, queue: Iterable[Queued], own: Iterable[JobId]) -> None:
-    """Raises ``UserError`` where a job of the chain would write to a folder that another chain's job writes to.
+def refuse_shared(
+    run_dir: Path, work: Mapping[str, Path], queue: Iterable[Queued], own: Iterable[JobId]
+) -> None:
+    """Raises ``UserError`` where a job of a chain would write to a folder that another chain's job writes to.
 
     Known are the user's own jobs in the queue, by their scripts, and whoever runs and has locked the folder.
+
+    Args:
+        run_dir: of the chain.
+        work: job -> the run folder of its recipe.
+        own: the chain's jobs that may be in the queue.
     """
-    folders = {os.path.realpath(job.recipe.run_dir): job.name for job in chain.jobs}
+    folders = {os.path.realpath(folder): name for name, folder in work.items()}
     ids = {str(job.number) for job in own}
     for queued in queue:
-        name = folders.get(_writes_to(queued, chain.run_dir))
+        script = Path(queued.command)
+        job = script.parent
+        if script.name != "job.sbatch" or os.path.realpath(job) == os.path.realpath(
+            job_dir(run_dir, job.name)
+        ):
+            continue
+        folder = works_in(job)
+        name = folders.get(os.path.realpath(folder)) if folder is not None else None
         if name is not None:
             raise UserError(
-                f"{chain.job(name).recipe.run_dir}, the run_dir of {name}, belongs to job {queued.id} in the queue "
-                f"({queued.name}, {queued.command}); wait for it, cancel it, or choose another run_dir"
+                f"{folder}, the run_dir of {name}, belongs to job {queued.id} in the queue ({queued.name}, "
+                f"{queued.command}); wait for it, cancel it, or choose another run_dir"
             )
     for folder, name in folders.items():
         owner = lock.living_owner(lock.within(Path(folder)))
@@ -89,17 +103,10 @@ def refuse_shared(chain: JobChain, queue: Iterable[Queued], own: Iterable[JobId]
             )
 
 
-def _writes_to(queued: Queued, run_dir: Path) -> str:
-    """The run folder of a queued job's recipe, where its script was written by ``submit`` into another run folder."""
-    script = Path(queued.command)
-    if script.name != "job.sbatch" or len(script.parts) < 4:
-        return ""
-    folder = script.parent
-    if os.path.realpath(folder) == os.path.realpath(job_dir(run_dir, folder.name)):
-        return ""
+def works_in(job: Path) -> Path | None:
+    """The run folder of the recipe that ``submit`` wrote into a job's folder; ``None`` where that cannot be read."""
     try:
-        text = (folder / "recipe.yaml").read_text(errors="replace")
-        line = re.search(r"^run_dir: .*$", text, re.MULTILINE)
-        return os.path.realpath(yaml.safe_load(line[0])["run_dir"]) if line else ""
-    except (OSError, yaml.YAMLError, TypeError, KeyError):
-        return ""
+        line = re.search(r"^run_dir: .*$", read_text(job / "recipe.yaml"), re.MULTILINE)
+        return Path(yaml.safe_load(line[0])["run_dir"]) if line else None
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
+        return None

@@ -52,6 +52,10 @@ class Record:
     facts: Mapping[str, Any] = field(default_factory=dict)
     unfinished: bool = False
 
+    def all_ids(self) -> list[JobId]:
+        """Of all jobs, whatever became of them."""
+        return [id for job in self.jobs.values() for id in job.job_ids(job.ids)]
+
     def save(self) -> None:
         """Raises ``OSError`` where the disk refuses."""
         jobs = {name: asdict(job) for name, job in self.jobs.items()}

@@ -67,10 +67,9 @@ class Sent:
 
 def sbatch(script: Path, dependency: str = "") -> Sent:
     """Submit a script once. Raises ``UserError`` where there is no sbatch, and ``OSError`` without the script."""
-    _need("sbatch")
     options = [f"--dependency={dependency}"] if dependency else []
     env = environment(script.read_text(errors="replace"))
-    said = programs.run(["sbatch", "--parsable", *options, str(script)], TIMEOUT, env)
+    said = _call(["sbatch", "--parsable", *options, str(script)], env)
     job = answers.job_id(said.out + said.err)
     ok = said.status == 0 and not answers.refuses(said.lines)
     lost = ok or said.status is None or job is not None or answers.leaves_open(said.lines)
@@ -79,13 +78,12 @@ def sbatch(script: Path, dependency: str = "") -> Sent:
 
 def refusal(script: str) -> str:
     """What Slurm has against a script (``sbatch --test-only``), a line each; empty where it would take it."""
-    _need("sbatch")
-    said = programs.run(["sbatch", "--test-only"], TIMEOUT, environment(script), script)
+    said = _call(["sbatch", "--test-only"], environment(script), script)
     return "\n".join(_words("sbatch", said)) if said.status != 0 or answers.refuses(said.lines) else ""
 
 
 def mine(clusters: Collection[str] = ("",)) -> list[Queued]:
-    """All jobs of the user that wait or run. Needs no accounting database.
+    """All jobs of the user that wait or run, oldest first. Needs no accounting database.
 
     Raises ``UserError`` where that cannot be known just now.
     """
@@ -98,7 +96,7 @@ def mine(clusters: Collection[str] = ("",)) -> list[Queued]:
         if not jobs and answers.in_trouble(said.lines):
             raise UserError(f"squeue failed: {'; '.join(_words('squeue', said))}")
         found += jobs
-    return found
+    return sorted(found, key=lambda job: job.id)
 
 
 def find(name: str, known: Collection[int], patient: bool, clusters: Collection[str] = ("",)) -> list[Queued]:
@@ -128,7 +126,7 @@ def own_cluster() -> str:
     """The name of the cluster that answers without ``--clusters``; empty where that cannot be known."""
     if shutil.which("scontrol") is None:
         return ""
-    said = programs.run(["scontrol", "show", "config"], TIMEOUT, environment())
+    said = _call(["scontrol", "show", "config"], environment())
     return next((m[1] for line in said.out if (m := re.match(r"ClusterName\s*=\s*(\S+)", line))), "")
 
 
@@ -165,8 +163,7 @@ def _on(cluster: str) -> list[str]:
 
 def _run(command: Sequence[str], tolerate: re.Pattern[str] | None = None) -> Answer:
     """A command's answer. Raises ``UserError`` where it fails, unless all that it complains of is tolerated."""
-    _need(command[0])
-    said = programs.run(command, TIMEOUT, environment())
+    said = _call(command, environment())
     complaints = said.lines if said.status != 0 else ()
     if said.status is None or (
         said.status != 0 and not (tolerate and complaints and all(map(tolerate.search, complaints)))
@@ -175,9 +172,16 @@ def _run(command: Sequence[str], tolerate: re.Pattern[str] | None = None) -> Ans
     return said
 
 
-def _need(program: str) -> None:
+def _call(command: Sequence[str], env: Mapping[str, str], text: str = "") -> Answer:
+    program = command[0]
     if shutil.which(program) is None:
         raise UserError(f"{program} is not installed here; run this on a login node of the cluster")
+    try:
+        return programs.run(command, TIMEOUT, env, text)
+    except OSError as error:
+        raise UserError(
+            f"{program} cannot be started: {error.strerror}; ask those who run the cluster"
+        ) from None
 
 
 def _words(program: str, said: Answer) -> list[str]:

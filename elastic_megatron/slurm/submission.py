@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import UserError, of_os_error
+from ..errors import UserError
 from ..files import lock, writing
 from ..recipe import JobChain
 from . import record, scheduler
 from .answers import JobId, Queued
 from .facts import collect
-from .live import adopted, live, queue_of, refuse_shared
+from .live import adopted, live, queue_of, refuse_shared, works_in
 from .record import JobRecord, Record
-from .script import clusters, files_of, job_dir, job_name, links, log_dir, queue_name, script_path
+from .script import files_of, job_dir, job_name, links, log_dir
+from .sending import Sending
 
 
 def submit(chain: JobChain, command: Sequence[str] = (), again: bool = False) -> dict[str, tuple[int, ...]]:
@@ -35,6 +35,8 @@ def submit(chain: JobChain, command: Sequence[str] = (), again: bool = False) ->
         before, queue = check(chain, again)
         known = before.jobs if before is not None else {}
         facts = collect(chain, command)
+        for folder in (chain.run_dir, *(job_dir(chain.run_dir, job.name) for job in chain.jobs)):
+            writing.remove_abandoned(folder)  # by a submit that was killed
         write(chain)
         jobs = {
             job.name: replace(known.get(job.name, _NEW), after=job.after, links=links(job))
@@ -58,15 +60,14 @@ def check(chain: JobChain, again: bool) -> tuple[Record | None, list[Queued]]:
         before = adopted(before, queue)
         _check_again(before, again, queue, chain)
     else:
-        names = {job_name(chain, job): job.name for job in chain.jobs}
-        for queued in queue:
-            if queued.name in names:
-                raise UserError(
-                    f"job {queued.id} in the queue is the {names[queued.name]} of this chain, though {chain.run_dir} "
-                    f"has no record of it; scancel {queued.id}, and submit again"
-                )
-    own = [id for job in before.jobs.values() for id in job.job_ids(job.ids)] if before is not None else []
-    refuse_shared(chain, queue, own)
+        names = {job_name(chain, job) for job in chain.jobs}
+        if ids := " ".join(str(id) for id in sorted(q.id for q in queue if q.name in names)):
+            raise UserError(
+                f"{chain.run_dir} has no record of jobs in the queue that bear the names of this chain's: {ids}; "
+                f"`scancel {ids}`, and submit again"
+            )
+    work = {job.name: job.recipe.run_dir for job in chain.jobs}
+    refuse_shared(chain.run_dir, work, queue, before.all_ids() if before is not None else [])
     return before, queue
 
 
@@ -138,6 +139,13 @@ def resume(found: Record, names: Collection[str] = ()) -> dict[str, tuple[int, .
         found = record.read(found.run_dir) or found
         queue = queue_of(found)
         found = adopted(found, queue)
+        todo = [
+            name
+            for name, jobs in live(found, queue).items()
+            if not jobs and not record.done(found.run_dir, name)
+        ]
+        work = {n: folder for n in todo if (folder := works_in(job_dir(found.run_dir, n))) is not None}
+        refuse_shared(found.run_dir, work, queue, found.all_ids())
         end = _continued(found, queue, names, topped_up=found.unfinished, restore=found)
     return {name: ids for name, ids in _added(found, end).items() if ids}
 
@@ -149,12 +157,6 @@ def _lock(run_dir: Path) -> Path:
 
 def _added(before: Record, after: Record) -> dict[str, tuple[int, ...]]:
     return {name: job.ids[len(before.jobs[name].ids) :] for name, job in after.jobs.items()}
-
-
-def dependency(after: Sequence[int | str], link_count: int) -> str:
-    """sbatch's ``--dependency``: success of other jobs, and the end of the link before."""
-    parts = [f"afterok:{':'.join(map(str, after))}"] if after else []
-    return ",".join(parts + ["singleton"] * (link_count > 1))
 
 
 def _continued(
@@ -192,101 +194,4 @@ def _continued(
     scheduler.cancel(stale)
     for name in counts:
         (job_dir(found.run_dir, name) / "failures").unlink(missing_ok=True)
-    return _Sending(found, {q.id for q in queue}, restore).all(counts, last, bool(names))
-
-
-class _Sending:
-    """Jobs on their way into the queue; the record on the disk knows every id as soon as it is known at all."""
-
-    def __init__(self, found: Record, seen: Collection[int], restore: Record | None) -> None:
-        self.found, self.seen, self.restore = found, {*seen}, restore
-        self.sent: list[JobId] = []
-
-    def all(self, counts: Mapping[str, int], last: dict[str, int], some: bool) -> Record:
-        """Submit jobs in order, each so often; ``last``: ids of others that are in the queue already."""
-        try:
-            self.found.save()
-            for name, count in counts.items():
-                job = self.found.jobs[name]
-                after = [last[needed] for needed in job.after if needed in last]
-                for _ in range(count):
-                    last[name] = self._one(name, dependency(after, job.links))
-            self.found = replace(self.found, unfinished=self.found.unfinished and some)
-            self.found.save()
-        except (UserError, OSError) as error:
-            cause = error if isinstance(error, UserError) else of_os_error(error) or UserError(str(error))
-            raise type(cause)("\n".join([str(cause), *self._taken_back()])) from None
-        except KeyboardInterrupt:
-            where = f"{self.found.run_dir / record.FILE} names what was queued"
-            print(
-                f"{where}; the same command goes on, `elastic-megatron cancel` takes it back", file=sys.stderr
-            )
-            raise
-        return self.found
-
-    def _one(self, name: str, wait: str) -> int:
-        """Submit a job once; its id."""
-        sent = scheduler.sbatch(script_path(self.found.run_dir, name), wait)
-        job = sent.job if sent.ok and sent.job is not None else self._looked_for(name, sent)
-        self.sent.append(job)
-        self.seen.add(job.number)
-        own = self.found.jobs[name]
-        # a cluster is named where it is another than the one that answers by itself
-        cluster = job.cluster if job.cluster and job.cluster != scheduler.own_cluster() else ""
-        jobs = {**self.found.jobs, name: replace(own, ids=(*own.ids, job.number), cluster=cluster)}
-        self.found = replace(self.found, jobs=jobs)
-        self.found.save()
-        return job.number
-
-    def _looked_for(self, name: str, sent: scheduler.Sent) -> JobId:
-        """The job in the queue, where sbatch's answer does not tell. Raises ``UserError`` where it was refused."""
-        said = _refused(name, sent)
-        unique = queue_name(self.found.run_dir, name)
-        where = [sent.job.cluster] if sent.job is not None else clusters(self.found.run_dir, name)
-        try:
-            found = scheduler.find(unique, self.seen, sent.open, where)
-        except UserError as error:
-            found, said = [], f"{said}\nwhether it is in the queue all the same cannot be known now: {error}"
-            sent = replace(sent, open=True)
-        if len(found) == 1:
-            if not sent.ok:
-                print(
-                    f"warning: {said}\nwarning: job {found[0].id} is in the queue nevertheless",
-                    file=sys.stderr,
-                )
-            return JobId(found[0].id, found[0].cluster)
-        if found:
-            said += (
-                f"\njobs {', '.join(str(q.id) for q in found)} may be it; scancel those that are not wanted"
-            )
-        elif sent.open:
-            self.restore = self.found  # with the name by which the job is found, should it appear later
-            said += (
-                f"\nshould job {unique} still appear, `status` shows it, and `submit` does not queue another"
-            )
-        raise UserError(said)
-
-    def _taken_back(self) -> list[str]:
-        """Cancel what was queued and restore the record; what there is to say of it."""
-        ids = ", ".join(str(job.number) for job in self.sent)
-        try:
-            scheduler.cancel(self.sent)
-        except UserError as error:
-            return [
-                f"job {ids}, queued before, could not be cancelled: {error}; `scancel {ids.replace(',', '')}`"
-            ]
-        try:
-            if self.restore is not None:
-                self.restore.save()
-            else:
-                (self.found.run_dir / record.FILE).unlink(missing_ok=True)
-        except OSError:
-            pass  # what stands there says that the submission was not finished, and its jobs are gone
-        return [f"job {ids}, queued before, was cancelled" if ids else "nothing was queued"]
-
-
-def _refused(name: str, sent: scheduler.Sent) -> str:
-    """Slurm's words on a job, all of them."""
-    said = "sbatch refused" if not sent.open else "sbatch's answer leaves open what became of"
-    words = list(sent.words)
-    return f"{said} {name}: {words[0]}" if len(words) == 1 else "\n".join([f"{said} {name}:", *words])
+    return Sending(found, {q.id for q in queue}, restore).all(counts, last, bool(names))

@@ -10,7 +10,8 @@ from elastic_megatron.commands import plan
 from elastic_megatron.preflight import preflight
 from elastic_megatron.recipe import JobChain, describe
 from elastic_megatron.slurm.script import files_of, links
-from elastic_megatron.slurm.submission import dependency, write
+from elastic_megatron.slurm.sending import dependency
+from elastic_megatron.slurm.submission import write
 
 
 def scripts(chain: JobChain) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +65,59 @@ def test_a_chain_in_the_queue_is_not_submitted_again(chain: Chain) -> None:
     chain.run("cancel")
     assert "`resume` continues it" in chain.run("submit", target=chain.file, status=2)
     chain.run("submit", "--again", target=chain.file)
+    assert chain.wait_until_ended("second")["state"] == "done"
+
+
+# what a shell inside `salloc` may hold, and a user's own variables that filter or override
+LEAKS = {
+    "SLURM_JOB_ID": "1", "SLURM_NTASKS": "7", "SLURM_NNODES": "3", "SLURM_CPUS_PER_TASK": "5", "SLURM_MEM_PER_CPU": "1",
+    "SLURM_MEM_PER_NODE": "2", "SLURM_MEM_PER_GPU": "3", "SRUN_CPUS_PER_TASK": "9", "SBATCH_TIMELIMIT": "1",
+    "SBATCH_ARRAY_INX": "0-3", "SBATCH_JOB_NAME": "interactive", "SQUEUE_STATES": "FAILED",
+    "SQUEUE_PARTITION": "interactive", "SCANCEL_STATE": "RUNNING", "CUDA_VISIBLE_DEVICES": "5",
+}  # fmt: skip
+
+
+def test_a_salloc_shell_does_no_harm(chain: Chain) -> None:
+    """Neither to what `submit` sends and `status` sees, nor to the ranks of a script that is sent by hand."""
+    chain.submit("first.slurm.sbatch.hold=true", env=LEAKS)
+    job = chain.slurm.job(chain.ids("first")[0])
+    assert (job["TimeLimit"], "ArrayJobId" in job) == ("00:30:00", False) and job["JobName"].startswith(
+        "fake.first."
+    )
+    seen = json.loads(chain.run("status", "--json", env=LEAKS))["jobs"]
+    assert [state["state"] for state in seen.values()] == ["waiting", "waiting"]
+    chain.run("cancel", env=LEAKS)
+    wait_until(lambda: not queued(chain.slurm), "all are cancelled")
+    by_hand = {k: v for k, v in LEAKS.items() if not k.startswith(("SBATCH", "SQUEUE", "SCANCEL"))}
+    script = str(chain.job("first") / "job.sbatch")
+    text = Path(script).read_text().replace("#SBATCH --hold\n", "")
+    Path(script).write_text(text)
+    env = {**chain.slurm.env, **by_hand}
+    subprocess.run(["sbatch", script], env=env, check=True, capture_output=True, timeout=60)
+    wait_until((chain.job("first") / "done").exists, "a script that was sent by hand succeeds")
+    ranks = (chain.job("first") / "ranks").read_text().splitlines()
+    assert len(ranks) == 4 and all("of 4, local" in line for line in ranks)
+
+
+def test_squeue_tells_names_and_scripts_by_which_jobs_are_found(chain: Chain) -> None:
+    """A record that lost its ids: status, submit and cancel know the jobs nevertheless."""
+    ids = chain.submit("first.slurm.sbatch.hold=true")
+    file = chain.run_dir / "chain.json"
+    known = json.loads(file.read_text())
+    for job in known["jobs"].values():
+        job["ids"] = []
+    file.write_text(json.dumps(known))
+    assert [(s["state"], s["id"]) for s in chain.states().values()] == [
+        ("waiting", ids["first"][0]), ("waiting", ids["second"][0]),
+    ]  # fmt: skip
+    file.unlink()
+    said = chain.run("submit", "first.slurm.sbatch.hold=true", target=chain.file, status=2)
+    assert f"`scancel {ids['first'][0]} {ids['second'][0]}`" in said
+    other = chain.run("submit", "run_dir=another", target=chain.file, status=2)
+    assert "the run_dir of first, belongs to job" in other
+    chain.slurm.run("scancel", *(str(i) for each in ids.values() for i in each))
+    wait_until(lambda: not queued(chain.slurm), "all are cancelled")
+    chain.submit()
     assert chain.wait_until_ended("second")["state"] == "done"
 
 

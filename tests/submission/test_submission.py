@@ -94,7 +94,9 @@ def test_a_refusal_is_told_whole_and_nothing_stays_in_the_queue(site: Site, word
     with pytest.raises(UserError) as error:
         submit(site.chain())
     said = str(error.value)
-    assert [part for part in [*parts, "two", "4101, queued before, was cancelled"] if part not in said] == []
+    assert [
+        part for part in [*parts, "two", "cancelled what was queued before it: 4101"] if part not in said
+    ] == []
     assert not site.queue()
     assert words.startswith("lost") or record.read(site.folder / "run") is None
     site.heal()
@@ -196,7 +198,7 @@ def test_what_cannot_be_cancelled_is_named_and_kept_in_mind(site: Site) -> None:
     site.answer("sbatch.2", "echo 'sbatch: error: no' >&2; exit 1")
     site.answer("scancel", "echo 'scancel: error: Kill job error on job id 4101: Access denied' >&2; exit 1")
     with pytest.raises(
-        UserError, match="4101, queued before, could not be cancelled: .*Access denied.*`scancel 4101`"
+        UserError, match="what was queued before it could not be cancelled: .*Access denied.*`scancel 4101`"
     ):
         submit(site.chain())
     assert list(site.queue()) == [4101] and list(known(site)) == [4101]
@@ -284,13 +286,17 @@ def test_a_run_folder_in_use_by_another_chain_is_refused(site: Site) -> None:
         submit(other)
     assert record.read(site.folder / "other") is None and len(site.queue()) == 2
     cancel(record.find(site.folder / "run"))
+    submit(other)
+    with pytest.raises(UserError, match="work/one, the run_dir of one, belongs to job 4103"):
+        resume(record.find(site.folder / "run"))
+    cancel(record.find(site.folder / "other"))
     folder = site.folder / "work/two"
     with (
         lock.locked(lock.within(folder), "train"),
         pytest.raises(UserError, match="run_dir of two, is in use by train"),
     ):
-        submit(other)
-    submit(other)
+        submit(other, again=True)
+    submit(other, again=True)
 
 
 def test_two_submits_at_once_are_one(site: Site) -> None:
