@@ -15,6 +15,7 @@ from .answers import JobId
 from .script import job_dir
 
 FILE = "chain.json"
+_MOST_LINKS = 10_000
 
 
 @dataclass(frozen=True)
@@ -71,19 +72,24 @@ def read(run_dir: Path) -> Record | None:
     remedy = "cancel by the job ids that squeue shows, remove it and submit again"
     data = json_files.read_object(path, "submit the chain first", remedy)
     try:
-        jobs = {
-            name: JobRecord(
-                tuple(map(int, job["ids"])),
-                tuple(job["after"]),
-                int(job["links"]),
-                str(job.get("cluster", "")),
-            )
-            for name, job in data.pop("jobs").items()
-        }
+        jobs = {name: _job(name, job) for name, job in data.pop("jobs").items()}
         unfinished = bool(data.pop("unfinished", False))
         return Record(run_dir, str(data.pop("name")), jobs, data, unfinished)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged; {remedy}") from None
+
+
+def _job(name: str, said: Mapping[str, Any]) -> JobRecord:
+    """A job of the record. Raises ``ValueError``, ``TypeError`` or ``KeyError`` where it cannot be one."""
+    job = JobRecord(
+        tuple(map(int, said["ids"])), tuple(said["after"]), int(said["links"]), str(said.get("cluster", ""))
+    )
+    names = [name, *job.after]  # of folders
+    if not all(isinstance(n, str) and n not in ("", "..") and Path(n).name == n for n in names):
+        raise ValueError(f"{names}: no names of jobs")
+    if not 0 < job.links <= _MOST_LINKS:
+        raise ValueError(f"{job.links} links")
+    return job
 
 
 def find(target: Path) -> Record:

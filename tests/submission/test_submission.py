@@ -299,6 +299,26 @@ def test_a_run_folder_in_use_by_another_chain_is_refused(site: Site) -> None:
     submit(other, again=True)
 
 
+DAMAGES: list[dict[str, Any]] = [
+    {"after": [[0]]}, {"after": ["../one"]}, {"ids": ["x"]}, {"ids": None}, {"links": 10**9}, {"links": 0}, {"links": []},
+]  # fmt: skip
+
+
+def test_a_damaged_record_is_named_and_does_nothing(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever stands in it: no traceback, no path out of the folder, no job."""
+    submit(site.chain())
+    file = site.folder / "run/chain.json"
+    good, calls = json.loads(file.read_text()), len(site.calls("s"))
+    whole = [{**good, "jobs": {"../out": good["jobs"]["one"]}}, {**good, "jobs": []}, []]
+    for damage in [*({**good, "jobs": {"one": good["jobs"]["one"] | d}} for d in DAMAGES), *whole]:
+        file.write_text(json.dumps(damage))
+        for verb in ("status", "resume", "cancel"):
+            assert main([verb, str(site.folder / "run")]) == 2, damage
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"error: {file}") and "squeue shows" in line
+    assert len(site.calls("s")) == calls
+
+
 def test_two_submits_at_once_are_one(site: Site) -> None:
     file = lock.beside(site.folder / "run" / record.FILE)
     with (
