@@ -43,7 +43,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 # the library's own limit, at which it takes close to a GiB, is 100 MB; 100,000 tensors need 12
-_MAX_HEADER = 32 << 20
+_MAX_HEADER = 16 << 20
 
 
 class SafetensorsFiles:

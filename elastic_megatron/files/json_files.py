@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .reading import TEXT_LIMIT, read_text
+from .reading import read_text
 from .writing import write_text
 
+# Python's objects take up to fifty times the text; the index of 80,000 tensors has as much
+_LIMIT = 8 << 20
 _DEPTH = 64
 _LARGEST = 3.4028234663852886e38
 # how transformers 5 writes what JSON lacks
@@ -22,7 +24,7 @@ _HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_object(
-    file: Path, missing: str, damaged: str = "copy it again", limit: int = TEXT_LIMIT
+    file: Path, missing: str, damaged: str = "copy it again", limit: int = _LIMIT
 ) -> dict[str, Any]:
     """The object in a file. ``Infinity`` and ``NaN``, which older Python programs write, are read, and so is a BOM.
 

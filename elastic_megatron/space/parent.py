@@ -168,7 +168,10 @@ class ParentShape:
         """Inverse of ``to_dict``. Raises ``UserError`` for unknown or missing fields."""
         names = {f.name for f in fields(cls)}
         if unknown := sorted(set(data) - names):
-            raise UserError(f"unknown model sizes {', '.join(unknown)}; known: {', '.join(sorted(names))}")
+            odd = ", ".join(
+                name if name.isidentifier() and len(name) < 60 else shown(name) for name in unknown[:5]
+            )
+            raise UserError(f"unknown model sizes {odd}; known: {', '.join(sorted(names))}")
         try:
             return cls(**data)
         except TypeError as e:
