@@ -149,3 +149,15 @@ def test_a_private_folder_replaces_those_for_the_same_target(tmp_path: Path) -> 
         raise ZeroDivisionError
     (left,) = tmp_path.glob(".*")
     assert left.name.startswith(".out.x.")
+
+
+def test_json_says_one_thing_under_a_key_in_characters_and_numbers_that_can_be_used() -> None:
+    assert json_files.parse('{"a": 1, "a": 1}') == {"a": 1}
+    assert json_files.parse(r'"\ud83d\ude00"') == "\U0001f600"
+    for text, said in (
+        ('{"a": 1, "a": 2}', "given twice"),
+        (r'{"a": "\ud800"}', "surrogates"),
+        ('{"a": ' + "1" * 41 + "}", "41 digits"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            json_files.parse(text)

@@ -14,6 +14,7 @@ from conftest import write_run
 
 from elastic_megatron.errors import UserError
 from elastic_megatron.report.console import family_table, router_table
+from elastic_megatron.report.kinds import LINE, misfit
 from elastic_megatron.report.page import render, write_report
 from elastic_megatron.report.read import read_run
 
@@ -138,3 +139,13 @@ def test_lines_that_no_run_writes_are_counted(small: Path) -> None:
     (small / "metrics.jsonl").write_text(metrics)
     assert found.unreadable_lines == len(odd)
     assert found.steps == whole.steps
+
+
+def test_layers_of_one_axis_have_as_many_choices() -> None:
+    def line(probs: Any) -> dict[str, Any]:
+        return {"router": {"step": 1, "budgets": {"half": {"probs": {"hidden_size": probs}}}}}
+
+    for good in ([0.5, 0.5], [[0.5, 0.5], [1.0, 0.0]]):
+        assert misfit(line(good), LINE) is None
+    for bad in ([[0.5, 0.5], [1.0]], [], [[]], [0.5, [0.5]], [2.0], ["a"]):
+        assert "probs.hidden_size is a list of" in str(misfit(line(bad), LINE, "line"))

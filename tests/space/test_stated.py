@@ -160,3 +160,9 @@ def test_names_cannot_lead_elsewhere() -> None:
     ):
         with pytest.raises(UserError, match="is no name of a submodel"):
             checked_name(name, "submodel")
+
+
+def test_lanes_are_at_least_one_whoever_asks() -> None:
+    for lanes in (0, -4):
+        with pytest.raises(UserError, match="must be a multiple of"):
+            ElasticSpace.build(SHAPE, {"ffn_hidden_size": [8]}, {"ffn_hidden_size": lanes})
