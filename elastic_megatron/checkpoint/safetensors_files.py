@@ -100,7 +100,9 @@ def read_header(file: Path) -> dict[str, tuple[Entry, int]]:
     except OSError as e:
         raise UserError(f"{file} cannot be read ({e.strerror}); {REMEDY}") from None
     except SafetensorError as e:
-        reason = str(e).removeprefix("Error while deserializing header: ")
+        reason = str(e).removeprefix("Error while deserializing header: ")[
+            :200
+        ]  # it repeats what the file says
         raise UserError(f"{file} is truncated, or no safetensors file ({reason}); {REMEDY}") from None
 
 

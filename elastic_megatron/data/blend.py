@@ -6,6 +6,7 @@ samples consumed so far: no loader state exists, so a resumed run needs none.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from torch.utils.data import Dataset
 
 from elastic_megatron.data.index_cache import building
 from elastic_megatron.data.token_files import check_prefix
-from elastic_megatron.errors import UserError
+from elastic_megatron.errors import UserError, of_os_error
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -82,10 +83,27 @@ def build_dataset(
         mid_level_dataset_surplus=0.005 + 2 * len(blend) / num_samples,
     )
     builder = BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, config)
-    with building(Path(str(config.path_to_cache))):
+    with building(Path(str(config.path_to_cache))), _refusals_told(prefixes, cache_dir):
         train, _, _ = builder.build()
     assert isinstance(train, (GPTDataset, BlendedDataset))
     return train
+
+
+@contextlib.contextmanager
+def _refusals_told(prefixes: Sequence[str], cache_dir: str | Path) -> Iterator[None]:
+    """What Megatron raises while it builds, as ``UserError``: a cache that the disk refuses, damage inside files."""
+    try:
+        yield
+    except (AssertionError, ValueError) as e:
+        raise UserError(
+            f"data set {', '.join(prefixes)[:200]} is damaged, or was changed while it was read ({e or 'its index'}); "
+            "run prepare-data again"
+        ) from None
+    except Exception as e:  # Megatron's own, which tells the OSError in many lines
+        cause = e.__cause__ if isinstance(e.__cause__, OSError) else None
+        if cause is not None and (told := of_os_error(cause, f"data.cache {cache_dir} cannot be written")):
+            raise told from None
+        raise
 
 
 def sample_indices(

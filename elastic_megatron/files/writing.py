@@ -22,8 +22,9 @@ _DAY = 86400.0
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to that takes the place of ``path`` once the block has ended without an exception.
 
-    Raises ``OSError`` where the disk refuses; the old file stays.
+    What killed writers of the same file left is removed. Raises ``OSError`` where the disk refuses; the old file stays.
     """
+    remove_abandoned(path.parent, path.name)
     private = private_name(path)
     try:
         with open(private, "xb") as f:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from elastic_megatron.data import blend as blend_module
 from elastic_megatron.data.blend import batch, build_dataset, data_digest, sample_indices, windows
-from elastic_megatron.errors import UserError
+from elastic_megatron.errors import RetryableError, UserError
 
 SEQ = 16
 TOKENS = {"a": np.arange(1000), "b": np.arange(10_000, 10_500)}
@@ -210,3 +211,28 @@ def test_weights_must_be_positive(prefixes, tmp_path: Path, weight: float):
         build([(weight, prefixes["a"])], tmp_path)
     with pytest.raises(UserError, match="data.blend is empty"):
         build([], tmp_path)
+
+
+def test_what_the_disk_refuses_of_a_cache_is_told_in_one_line(prefixes, tmp_path: Path, monkeypatch):
+    """A full disk may have room again: the same command may succeed later. Megatron's own exception is many lines."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(
+        RetryableError, match=r"data\.cache .*cache cannot be written \(No space left"
+    ) as caught:
+        build([(1.0, prefixes["a"])], tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_index_whose_inside_is_damaged_is_the_users_error(tmp_path: Path):
+    """Header and ends are right; a document begins beyond all sequences."""
+    prefix = write_prefix(tmp_path / "d", np.arange(100), 10)
+    index = Path(f"{prefix}.idx")
+    data = bytearray(index.read_bytes())
+    data[-8:] = (1 << 40).to_bytes(8, "little")
+    index.write_bytes(data)
+    with pytest.raises(UserError, match="is damaged, or was changed while it was read .*prepare-data again"):
+        build([(1.0, prefix)], tmp_path / "cache")

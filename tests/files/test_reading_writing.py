@@ -138,6 +138,15 @@ def test_abandoned_files_are_those_of_killed_writers_alone(tmp_path: Path) -> No
     assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 
+def test_a_write_removes_what_killed_writers_of_the_same_file_left(tmp_path: Path) -> None:
+    """And of no other file: that one's writers clear it themselves."""
+    for name in ("f", "g"):
+        subprocess.run([sys.executable, "-c", HALF, tmp_path / name], check=True, timeout=60)
+    writing.write_text(tmp_path / "f", "whole")
+    assert (tmp_path / "f").read_text() == "whole"
+    assert [p.name.split(".")[1] for p in tmp_path.glob(".*")] == ["g"]
+
+
 def test_a_private_folder_replaces_those_for_the_same_target(tmp_path: Path) -> None:
     for name in ("out", "out.x", "[o]ut"):
         writing.private_name(tmp_path / name).mkdir()
