@@ -14,6 +14,8 @@ from elastic_megatron.report.svg import Point
 
 SMOOTHING = 25
 """The smoothing window is the number of points divided by this."""
+_MARKS = 12
+"""Steps that are marked or named one by one."""
 
 
 def pareto(run: RunData, palette: Palette) -> str | None:
@@ -97,8 +99,12 @@ def training(run: RunData, palette: Palette) -> str | None:
     """Training losses by budget, then learning rate and gradient norm."""
     at = _x_key(run.steps)
     base = LineChart("", "", (), _x_title(at), "", say.significant, events=_stage_changes(run, at))
+    spikes = [
+        (step[at], "spike", "") for step in run.steps if finite(step.get("spike")) and finite(step.get(at))
+    ]
+    spiked = replace(base, events=[*base.events, *spikes[:_MARKS]])
     cards = [
-        _by_budget(run, palette, at, replace(base, key="loss", label="Training loss"), "loss"),
+        _by_budget(run, palette, at, replace(spiked, key="loss", label="Training loss"), "loss"),
         _by_budget(run, palette, at, replace(base, key="kd", label="Distillation loss"), "kd_loss"),
         _one_line(
             run, at, replace(base, key="lr", label="Learning rate", y_title="learning rate", height=220), "lr"
@@ -112,8 +118,26 @@ def training(run: RunData, palette: Palette) -> str | None:
         return None
     last = run.steps[-1]
     tokens = f" and {say.count(last['tokens'])} tokens" if finite(last.get("tokens")) else ""
-    lead = f"{last['step']} steps{tokens}. Thick lines are smoothed, thin lines are single steps."
+    lead = (
+        f"{last['step']} steps{tokens}. Thick lines are smoothed, thin lines are single steps.{_trouble(run)}"
+    )
     return section("training", "Training", lead, grid(*found))
+
+
+def _trouble(run: RunData) -> str:
+    """Which steps had a loss that stands out or gave no update, and how often the run went back."""
+    kinds = {
+        "Loss spikes": [step for step in run.steps if finite(step.get("spike"))],
+        "Steps without an update": [step for step in run.steps if step.get("updated") is False],
+    }
+    told = "".join(f" {title}: {_steps(found)}." for title, found in kinds.items() if found)
+    back = [str(rewind.get("step")) for rewind in run.rewinds]
+    return told + (f" Diverged, and went back to step {', '.join(back)}." if back else "")
+
+
+def _steps(found: list[Json]) -> str:
+    shown = ", ".join(str(step.get("step")) for step in found[:_MARKS])
+    return f"{shown} and {len(found) - _MARKS} more" if len(found) > _MARKS else shown
 
 
 def _by_budget(run: RunData, palette: Palette, at: str, base: LineChart, key: str) -> str:

@@ -30,6 +30,7 @@ class RunData:
     steps: list[Json] = field(default_factory=list)
     evals: list[Json] = field(default_factory=list)
     routers: list[Json] = field(default_factory=list)
+    rewinds: list[Json] = field(default_factory=list)
     quantized: Quantized | None = None
     unreadable_lines: int = 0
     ranking: Ranking | None = None
@@ -98,6 +99,7 @@ def read_run(run_dir: Path, report_json: Path | None = None) -> RunData:
         steps=_by_step(line for line in lines if "step" in line),
         evals=_by_step(quantised or [line for line in plain if "weights" not in line]),
         routers=_by_step(_objects(lines, "router")),
+        rewinds=_objects(lines, "rewind"),
         quantized=read_quantized(run_dir, evaluated, calibrations),
         unreadable_lines=unreadable,
         ranking=ranking,

@@ -241,3 +241,24 @@ def test_bad_folders_are_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "ranking.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match="not a safetensors file"):
         write_report(tmp_path)
+
+
+def test_the_page_tells_of_spikes_steps_without_an_update_and_rewinds(run_dir: Path) -> None:
+    """As training writes them: numbers that are not finite are null."""
+
+    def words() -> str:
+        return write_report(run_dir).read_text(encoding="utf-8")
+
+    for phrase in ("Loss spikes", "Steps without an update", "went back", ">spike<"):
+        assert phrase not in words()
+    lines = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    steps[39]["spike"] = 8.25
+    steps[59] |= {"loss": None, "kd_loss": None, "grad_norm": None, "updated": False, "nonfinite": ["loss"]}
+    lines.append(
+        {"rewind": {"step": 50, "why": "loss of step 60 not finite", "passed_over": [60], "rewinds": 1}}
+    )
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = words()
+    for phrase in ("Loss spikes: 40.", "Steps without an update: 60.", "went back to step 50.", ">spike<"):
+        assert phrase in found, phrase
