@@ -65,7 +65,10 @@ def test_a_resumed_run_marks_the_steps_of_one_that_was_not_interrupted(tmp_path:
             straight.step(each)
     assert [step for step, _ in marked("straight")] == [16, 33, 50]
     with log("resumed", 0) as first:
-        for each in lines[:40]:
+        for each in lines[:15]:
+            first.step(each)
+        first.rewound(8, {"why": "a test"})
+        for each in lines[8:40]:
             first.step(each)
     with log("resumed", 31) as second:
         for each in lines[31:45]:
