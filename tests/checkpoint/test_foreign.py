@@ -398,16 +398,20 @@ def test_damaged_arguments_are_named_unless_a_config_says_all(tmp_path: Path) ->
     assert foreign_manifest(path, hf_config(tmp_path / "hf")).shape == SHAPE
 
 
+# a document, and what is said of it
 YAML_BOMBS = {
-    "merged": "a: &a {k: 1}\nb: &b {<<: [*a, *a]}\nmodel: {<<: [*b, *b]}\n",
-    "deep": "model: " + "[" * 5000 + "]" * 5000,
-    "base 60": "model: {hidden_size: 1" + ":59" * 150_000 + "}",
-    "large": "model: {a: " + "x" * (2 << 20) + "}",
-    "python": "model: !!python/object/apply:os.system [touch ran]",
-    "billion laughs": "l0: &l0 [lol]\n" + "".join(
-        f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]\n" for i in range(1, 40)
-    ) + "model: {hybrid_layer_pattern: *l39}\n",
-}  # fmt: skip
+    "merged": ("a: &a {k: 1}\nb: &b {<<: [*a, *a]}\nmodel: {<<: [*b, *b]}\n", "it merges mappings"),
+    "deep": ("model: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+    "base 60": ("model: {hidden_size: 1" + ":59" * 150_000 + "}", "too long for a number"),
+    "large": ("model: {a: " + "x" * (2 << 20) + "}", "larger than 1 MiB"),
+    "python": ("model: !!python/object/apply:os.system [touch ran]", "ConstructorError"),
+    "billion laughs": (
+        "l0: &l0 [lol]\n"
+        + "".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]\n" for i in range(1, 40))
+        + "model: {hybrid_layer_pattern: *l39}\n",
+        "hybrid_layer_pattern is not set",
+    ),
+}
 
 
 @pytest.mark.parametrize("bomb", YAML_BOMBS)
@@ -416,9 +420,11 @@ def test_yaml_that_would_grow_or_run_ends_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = folder(tmp_path / "iter_0000001")
-    (path / "run_config.yaml").write_text(YAML_BOMBS[bomb])
+    document, words = YAML_BOMBS[bomb]
+    (path / "run_config.yaml").write_text(document)
     with pytest.raises(UserError, match="run_config.yaml") as e:
         foreign_manifest(path, None)
+    assert words in str(e.value)
     assert "\n" not in str(e.value) and len(str(e.value)) < 1000
     assert not (tmp_path / "ran").exists()
 

@@ -11,6 +11,8 @@ import random
 import shutil
 import subprocess
 import sys
+import warnings
+import zipfile
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -201,6 +203,41 @@ def test_bombs_end_soon_and_below_a_gigabyte(tmp_path: Path) -> None:
 
 
 # --- what is let through is what torch reads ---
+
+
+def _zipped(records: list[tuple[str, bytes]], how: int = zipfile.ZIP_STORED, comment: bytes = b"") -> bytes:
+    out = io.BytesIO()
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(out, "w", how) as target:
+        target.comment = comment
+        for name, data in records:
+            target.writestr(name, data)
+    return out.getvalue()
+
+
+PICKLE = ("c/data.pkl", pickle.dumps({"state": {}}, 2))
+OTHER = ("c/data.pkl", pickle.dumps({"state": 7}, 2))
+ARCHIVES = {
+    "the same record twice": _zipped([PICKLE, OTHER]),
+    "the same record in other letters": _zipped([PICKLE, ("c/DATA.PKL", OTHER[1])]),
+    "the same record in two folders": _zipped([PICKLE, ("d/data.pkl", OTHER[1])]),
+    "code of TorchScript": _zipped([PICKLE, ("c/constants.pkl", OTHER[1])]),
+    "compressed": _zipped([PICKLE], zipfile.ZIP_DEFLATED),
+    "a comment": _zipped([PICKLE], comment=b"PK\5\6" + bytes(18)),
+    "two archives": _zipped([PICKLE]) + _zipped([OTHER]),
+    "something before": b"PK\3\4" + bytes(26) + _zipped([PICKLE]),
+    "two pickles": _zipped([("c/data.pkl", PICKLE[1] + OTHER[1])]),
+    "no archive": PICKLE[1],
+}
+
+
+@pytest.mark.parametrize("archive", ARCHIVES)
+def test_an_archive_that_others_may_read_otherwise_is_refused(archive: str, tmp_path: Path) -> None:
+    for content in (_zipped([PICKLE]), ARCHIVES[archive]):
+        (tmp_path / "common.pt").write_bytes(content)
+        if content == _zipped([PICKLE]):
+            assert DistState(tmp_path).common() == {"state": {}}
+        else:
+            assert str(tmp_path / "common.pt") in refused(DistState(tmp_path).common)
 
 
 def _mutated(data: bytes, generator: random.Random) -> bytes:
