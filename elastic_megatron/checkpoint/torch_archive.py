@@ -81,12 +81,11 @@ class Archive:
         self._file = file
         with zipfile.ZipFile(file) as archive:
             infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
-            end, comment = archive.start_dir, archive.comment
+            end = archive.start_dir
         self.records = {info.filename.partition("/")[2]: info for info in infos}
         self.positions: dict[str, int] = {}
-        folder = {info.filename.partition("/")[0] for info in infos}
-        if comment or len(folder) != 1 or len(self.records) != len(infos):
-            raise ValueError("its directory is not as torch writes it")
+        if len(self.records) != len(infos):
+            raise ValueError("it has one record twice")
         at, ends = 0, [*(info.header_offset for info in infos[1:]), end]
         for (name, info), after in zip(self.records.items(), ends, strict=True):
             if not _NAMES.fullmatch(name) or info.orig_filename != info.filename:

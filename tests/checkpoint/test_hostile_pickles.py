@@ -77,6 +77,7 @@ def entrances(root: Path, model: Student) -> dict[str, Callable[[], object]]:
     """What the commands open a checkpoint by."""
     folder = next(root.glob("iter_*"))
     return {
+        "before torch reads": lambda: check_folder(folder),
         "export, slice": lambda: dict(open_stored(root).state()),
         "eval, generate, rank": lambda: open_source(root).fill(model.chunks),
         "resumed train, quantize": lambda: distributed.load(folder, model.chunks, optimizer=model.optimizer),
@@ -222,6 +223,9 @@ ARCHIVES = {
     "the same record in two folders": _zipped([PICKLE, ("d/data.pkl", OTHER[1])]),
     "code of TorchScript": _zipped([PICKLE, ("c/constants.pkl", OTHER[1])]),
     "compressed": _zipped([PICKLE], zipfile.ZIP_DEFLATED),
+    "said to be compressed": _zipped([PICKLE]).replace(
+        b"PK\1\2\x14\3\x14\0\0\0\0\0", b"PK\1\2\x14\3\x14\0\0\0\x08\0"
+    ),
     "a comment": _zipped([PICKLE], comment=b"PK\5\6" + bytes(18)),
     "two archives": _zipped([PICKLE]) + _zipped([OTHER]),
     "something before": b"PK\3\4" + bytes(26) + _zipped([PICKLE]),
