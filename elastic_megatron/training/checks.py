@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..checkpoint.named import described
+from ..checkpoint.run_folder import check_resumed
 from ..cost.layout import check_sequence
 from ..data.token_files import check_prefix
 from ..errors import UserError
@@ -25,6 +26,7 @@ def check_rank(recipe: Recipe) -> None:
     for problem in check_sequence(recipe.parallel, "rank", recipe.rank.seq_length):
         raise UserError(problem)
     _check_files(recipe)
+    check_resumed(recipe, "rank")
 
 
 def check_train(recipe: Recipe) -> None:
@@ -34,6 +36,7 @@ def check_train(recipe: Recipe) -> None:
     if not recipe.data.train:
         raise UserError(f"the recipe has no data.train; {_ADD_DATA}")
     _check_files(recipe)
+    check_resumed(recipe, "train")
 
 
 def check_quantize(recipe: Recipe) -> None:
@@ -45,6 +48,7 @@ def check_quantize(recipe: Recipe) -> None:
     if not recipe.data.train:
         raise UserError(f"the recipe has no data.train to calibrate on; {_ADD_DATA}")
     _check_files(recipe)
+    check_resumed(recipe, "quantize")
 
 
 def _check_files(recipe: Recipe) -> None:

@@ -19,7 +19,6 @@ from ..checkpoint.hf_quantised import Quantised
 from ..checkpoint.manifest import FILE, Manifest
 from ..checkpoint.quantised_plan import planned_by
 from ..checkpoint.resolve import budgets
-from ..checkpoint.run_folder import check_resumed
 from ..checkpoint.source import Source
 from ..errors import UserError
 from ..ops.mix import SubmodelMix
@@ -74,7 +73,6 @@ def quantize(recipe: Recipe) -> Calibrated:
     Where that was done before, nothing is. Raises ``UserError`` for recipes that cannot run here, and where the run
     folder holds another model.
     """
-    check_resumed(recipe, "quantize")
     found = quantizable(recipe)
     with held_folder(recipe.run_dir, "quantize") as folder:
         return quantize_into(folder, recipe, found)

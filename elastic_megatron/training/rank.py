@@ -14,7 +14,6 @@ from ..blocks import build_chunks, build_model, forward_only
 from ..checkpoint import distributed
 from ..checkpoint.agreement import check_finite, same_on_all_ranks
 from ..checkpoint.resolve import elastic_space
-from ..checkpoint.run_folder import check_resumed
 from ..checkpoint.sort import sort_model, sort_space
 from ..checkpoint.source import Source
 from ..errors import UserError
@@ -56,7 +55,6 @@ def rank(recipe: Recipe) -> Ranked:
     do not divide among the data-parallel ranks, and where the sorted model computes something else than the parent.
     """
     check_rank(recipe)
-    check_resumed(recipe, "rank")
     source = parent_source(recipe)
     if source.manifest.ranking is not None:
         raise UserError(f"{source.path} is sorted already; rank the parent it was made from")

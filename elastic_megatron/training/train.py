@@ -15,7 +15,6 @@ from ..checkpoint import distributed, tracker
 from ..checkpoint.agreement import NonFiniteError
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.resolve import budgets, elastic_space
-from ..checkpoint.run_folder import check_resumed
 from ..checkpoint.source import Source
 from ..ops.mix import SubmodelMix
 from ..recipe import Recipe
@@ -63,7 +62,6 @@ def train(recipe: Recipe) -> Outcome:
     defect.
     """
     check_train(recipe)
-    check_resumed(recipe, "train")
     source = parent_source(recipe)
     space, widths = elastic_space(recipe, source.manifest) if recipe.budgets else None, None
     if recipe.router_frozen:
