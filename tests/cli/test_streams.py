@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+RECIPE = Path(__file__).parents[2] / "recipes/tiny_cpu/parent.yaml"
 COMMAND = [sys.executable, "-m", "elastic_megatron.cli"]
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "ELASTIC_MEGATRON_DEBUG"} | {
     "OMP_NUM_THREADS": "1"
@@ -40,6 +41,8 @@ def test_what_file_names_hide_is_shown_and_not_sent_to_the_terminal(tmp_path: Pa
 def test_a_reader_that_has_seen_enough_and_a_closed_stream_are_no_failures(tmp_path: Path) -> None:
     done = ran("em recipe schema | head -n 1; echo ${PIPESTATUS[0]}", tmp_path)
     assert done.stdout == b"{\n0\n" and done.stderr == b""
+    done = ran("em plan nowhere --json <&- >&-; echo $? >&2", tmp_path)
+    assert done.stderr.splitlines() == [b"error: nowhere: no such file", b"2"]
     # were the number of the closed stream given to a file, the file would be what is printed on it
     done = ran(
         "em recipe schema >&-; echo $?; em plan nowhere 2>&-; echo $?; em recipe schema <&- | wc -l", tmp_path
@@ -50,9 +53,11 @@ def test_a_reader_that_has_seen_enough_and_a_closed_stream_are_no_failures(tmp_p
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
 def test_output_that_cannot_be_written_is_said(tmp_path: Path) -> None:
-    done = ran("em recipe schema > /dev/full; echo $?", tmp_path)
-    [line] = done.stderr.splitlines()
-    assert done.stdout == b"75\n" and line.startswith(b"error: ") and b"No space left" in line
+    """While it is printed, and where all of it was still in the buffer when the command was done."""
+    for command in ("recipe schema", f"recipe show {RECIPE}"):
+        done = ran(f"em {command} > /dev/full; echo $?", tmp_path)
+        [line] = done.stderr.splitlines()
+        assert done.stdout == b"75\n" and line.startswith(b"error: ") and b"No space left" in line
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

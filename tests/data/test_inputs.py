@@ -58,6 +58,11 @@ def test_text_stays_text(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("[" + ROWS.replace("\n", ",\n  ")[:-4] + "]")
     assert texts([tmp_path / "a.md"]) == [told]
     assert texts([tmp_path / "rows"], as_text=True) == [ROWS]
+    (tmp_path / "half").write_text("# of a log\n" + ROWS.splitlines()[0])
+    (tmp_path / "told.JSONL.part-0").write_text("no rows\n")
+    for name in ("half", "told.JSONL.part-0"):
+        with pytest.raises(UserError, match=f"{name}:1: not JSON"):
+            texts([tmp_path / name])
     (tmp_path / "pretty").write_text(json.dumps([{"text": "x"}], indent=1))
     with pytest.raises(UserError, match="pretty is one JSON value over several lines.*jq.*--as-text"):
         texts([tmp_path / "pretty"])
