@@ -13,9 +13,8 @@ import pytest
 
 RECIPE = Path(__file__).parents[2] / "recipes/tiny_cpu/parent.yaml"
 COMMAND = [sys.executable, "-m", "elastic_megatron.cli"]
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "ELASTIC_MEGATRON_DEBUG"} | {
-    "OMP_NUM_THREADS": "1"
-}
+_NOT_OURS = ("ELASTIC_MEGATRON_DEBUG", "PYTHONUNBUFFERED")
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in _NOT_OURS} | {"OMP_NUM_THREADS": "1"}
 
 
 def ran(script: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[bytes]:
