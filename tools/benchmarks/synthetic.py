@@ -161,7 +161,7 @@ def write(
     index = {"metadata": {"total_size": nbytes(shape)}, "weight_map": where}
     (directory / INDEX).write_text(json.dumps(index))
     manifest = family(shape)
-    config = with_dtype(hf_config(manifest, shape, remote_code=False), torch.bfloat16)
+    config = with_dtype(hf_config(manifest, shape, code=()), torch.bfloat16)
     (directory / CONFIG).write_text(json.dumps(config, indent=2))
     manifest.write(directory / ELASTIC_CONFIG)
 
