@@ -1,7 +1,6 @@
 """Before torch and Megatron load a ``torch_dist`` folder: that nothing in it makes them run code, or more than it says.
 
-They unpickle ``.metadata`` and every object among the shards with all that Python's pickle can do (torch 2.13:
-They unpickle ``.metadata`` and each object among the shards with all that Python's pickle can do (torch 2.13:
+They unpickle ``.metadata`` and each object among the shards with all that Python's pickle can do (torch 2.13);
 tensors and ``common.pt`` go through torch's ``weights_only``. So all of it is read here first, as data. They read the
 files again afterwards: a folder that somebody changes in between is not covered.
 """

@@ -83,14 +83,20 @@ class RunFolder:
         self._held: Held | None = None
 
     @staticmethod
-    def read(root: Path) -> Manifest:
-        """The manifest of a run. Raises ``UserError`` where the folder's checkpoints are not of such a run."""
+    def read(root: Path, rank: int, world: int) -> Manifest:
+        """The manifest of a run, whose newest checkpoint is checked before Megatron loads it, a share on each rank.
+
+        Raises ``UserError`` where the folder's checkpoints are not of such a run, or are not what they must be. One rank
+        may be the only one; there are no process groups yet, and its end is the launcher's business.
+        """
         file = root / "elastic" / FILE
         if not file.exists():
             raise UserError(
                 f"{root} holds checkpoints of another program; name them in --pretrained-checkpoint, and give "
                 "--load and --save a folder of this run's own"
             )
+        if (newest := _newest(root)) is not None:
+            check_folder(newest, rank, world)
         return Manifest.read(file)
 
     def begin(self, manifest: Manifest, recipe: Recipe, ranking: Ranking | None) -> None:

@@ -75,7 +75,9 @@ class ElasticPretraining:
             )
         args.pretrained_checkpoint = None  # read here: Megatron would load it over the sorted weights
         self.resumed = args.load is not None and (Path(args.load) / tracker.TRACKER).exists()
-        manifest = RunFolder.read(Path(args.load)) if self.resumed else self.parent.manifest
+        manifest = self.parent.manifest
+        if self.resumed:
+            manifest = RunFolder.read(Path(args.load), args.rank, args.world_size)
         check_same(
             shape, manifest.shape, "the arguments", str(args.load if self.resumed else self.parent.path)
         )
