@@ -86,7 +86,7 @@ class RunFolder:
     def read(root: Path, rank: int, world: int) -> Manifest:
         """The manifest of a run, whose newest checkpoint is checked before Megatron loads it, a share on each rank.
 
-        Raises ``UserError`` where the folder's checkpoints are not of such a run, or are not what they must be. One rank
+        Raises ``UserError`` where the checkpoints are not of such a run, or not what they must be. One rank
         may be the only one; there are no process groups yet, and its end is the launcher's business.
         """
         file = root / "elastic" / FILE
