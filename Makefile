@@ -6,7 +6,7 @@ PY312 := $(shell (python3.12 -c 'import sys; print(sys.executable)' || ls -d $${
 PYTHON_ARG := $(if $(PY312),--python $(PY312))
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slurm bench bench-convert lint types check lock clean
+.PHONY: setup quickstart test test-slurm faults bench bench-convert lint types check lock clean
 setup: .venv/.ok
 
 .tools/bin/uv:
@@ -26,6 +26,10 @@ test: setup
 # against a real Slurm on this machine, with time limits and lost nodes; its daemons: tests/slurm/install.sh
 test-slurm: setup
 	$(BIN)/pytest -q tests/slurm -m slurm
+
+# commands that are killed, starved of disk, raced and fed with damage: half an hour on two cores; docs/reliability.md
+faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/run.py
 
 # ratios of steps, of the distillation loss and of the importance pass: under 20 minutes; tools/benchmarks/README.md
 bench: setup

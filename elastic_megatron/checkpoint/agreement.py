@@ -60,7 +60,12 @@ def check_finite(chunks: Sequence[nn.Module], optimizer: Any = None, what: str =
     named = [(n, t) for n, t in named if t.dtype in _CHECKED and t.numel()]
     # the largest magnitude of each: NaN where there is one
     finite = torch.stack(
-        [torch.linalg.vector_norm(t, ord=float("inf"), dtype=torch.float32).isfinite() for _, t in named]
+        [
+            torch.linalg.vector_norm(
+                t, ord=float("inf"), dtype=torch.promote_types(t.dtype, torch.float32)
+            ).isfinite()
+            for _, t in named
+        ]
     )
     flag = (~finite.all()).to(torch.int32).reshape(1)
     torch.distributed.all_reduce(flag)

@@ -229,12 +229,15 @@ def _triples(folder: Path) -> None:
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (
         lambda f: (f / FILE).unlink(),
-        r"amax.safetensors cannot be read \(.*, and elastic.json says",
+        r"elastic.json says that the model is quantised, but .*amax.safetensors cannot be read \(No such",
     ),
-    "cut short": (lambda f: (f / FILE).write_bytes((f / FILE).read_bytes()[:-3]), r"cannot be read \("),
+    "cut short": (
+        lambda f: (f / FILE).write_bytes((f / FILE).read_bytes()[:-3]),
+        r"amax.safetensors is truncated",
+    ),
     "no pairs": (
         _triples,
-        r"cannot be read \('decoder.layers.0.mixer.in_proj.weight' is no pair of fp32 numbers\)",
+        r"amax.safetensors: 'decoder.layers.0.mixer.in_proj.weight' is no pair of fp32 numbers",
     ),
     "one less": (
         _without,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cases import CASES, Case, digest
+from fault_cases import CASES, Case, digest
 from kill_study import Undisturbed, undisturbed
 from moments import Strike
 from settled import check_finished, check_left

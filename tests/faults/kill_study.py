@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cases import CASES, Case, digest, json_lines, snapshot
+from fault_cases import CASES, Case, digest, json_lines, snapshot
 from moments import Strike
 from settled import check_finished, check_left
 from tally import Lane, Lanes, Tally

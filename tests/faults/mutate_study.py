@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from binary_mutations import ARCHIVE, ARRAY, INDEX, PICKLE, SAFETENSORS, SHARDS
-from cases import snapshot
+from fault_cases import snapshot
 from mutations import JSON, LINES, TEXT, YAML, Mutation
 from tally import Lane, Lanes, Tally
 from worlds import World, fresh

@@ -6,7 +6,7 @@ import random
 import signal
 from pathlib import Path
 
-from cases import snapshot
+from fault_cases import snapshot
 from tally import Lane, Tally
 from worlds import fresh
 from zygote import Run

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from cases import CASES, Case
+from fault_cases import CASES, Case
 from kill_study import Undisturbed, undisturbed
 from moments import Strike
 from settled import check_finished

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cases import Case, digest, json_lines, snapshot
+from fault_cases import Case, digest, json_lines, snapshot
 from zygote import Run
 
 from elastic_megatron.checkpoint import integrity, tracker

@@ -14,7 +14,7 @@ import mutate_study
 import pytest
 import race_study
 from binary_mutations import pickle_code
-from cases import CASES
+from fault_cases import CASES
 from moments import Strike
 from tally import Lanes, Tally
 from worlds import build

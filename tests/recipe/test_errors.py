@@ -221,7 +221,7 @@ WRONG = {
     ),
     "dispatcher": (
         "parallel: {dispatcher: all2all}",
-        "r.yaml:4:12: parallel.dispatcher: must be 'alltoall' or 'allgather', got 'all2all', did you mean 'alltoall'?",
+        "r.yaml:4:12: parallel.dispatcher: must be 'alltoall', 'allgather' or 'flex', got 'all2all', did you mean 'alltoall'?",
     ),
     "world size": (
         "parallel: {world_size: 12, tensor: 2, pipeline: 2, context: 2}",
