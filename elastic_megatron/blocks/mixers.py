@@ -18,6 +18,8 @@ from .binding import Binding
 
 # algorithms whose statistics assume the same experts in every micro-batch
 _WHOLE_EXPERT_SET = {"sinkhorn", "quantile_balancing", "global_aux_loss"}
+# parts in which a soft depth is counted: products with whole counts, and their sums, are exact in fp64
+_KEEP_UNIT = 1 << 20
 
 
 class _MaskedConv(MambaContextParallel):
@@ -138,7 +140,8 @@ class ElasticTopKRouter(TopKRouter):
             if kept is not None:
                 count = _excess(count, kept > 0, self.count_unit)
             if keep is not None:
-                count = count * keep.to(count)
+                # in whole parts, or the order of a sum would decide the sign of what is 0
+                count = count * (keep.to(count) * _KEEP_UNIT).round() / _KEEP_UNIT
             self.local_tokens_per_expert = before + count
 
     def attach_and_log_load_balancing_loss(
