@@ -222,7 +222,8 @@ def _own_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", str(folder)], check=True, timeout=30)
+        # lazily: what a command left running may still be in it, and is counted elsewhere
+        subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=30)
 
 
 def _resize(folder: Path, size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -51,8 +52,10 @@ class Tally:
             self.rows[row][what] = max(self.rows[row][what], value)
 
     def fault(self, row: str, kind: str, moment: object, seen: str) -> None:
+        found = Fault(row, kind, str(moment), seen)
         with self._lock:
-            self.faults.append(Fault(row, kind, str(moment), seen))
+            self.faults.append(found)
+        print("BROKEN", found, file=sys.stderr, flush=True)
 
     @property
     def trials(self) -> int:
