@@ -138,7 +138,8 @@ def _finish(case: Case, straight: Undisturbed, moment: str, folder: Path, tally:
     if case.slurm and ran.status == 2 and "resume" in ran.err:
         [ran] = lane.zygote.run(case.run(lane.world, folder, argv=("resume", "chain")))
     problems = list(check_finished(case, folder, straight, lane))
-    if ran.status == 2 and not problems and not ran.traceback:  # it had been done, and says that it is there
+    if ran.status == 2 and not ran.traceback and all(_lock_left(kind, name) for kind, name in problems):
+        # it had been done, and says that it is there; the dead one's lock is the next writer's to take over
         return tally.add(case.name, "done before it died")
     if ran.status or ran.left:
         kind = (
@@ -150,6 +151,10 @@ def _finish(case: Case, straight: Undisturbed, moment: str, folder: Path, tally:
             if ran.left
             else "does not finish"
         )
-        return tally.fault(case.name, kind, moment, f"exit {ran.status}: {ran.last}")
+        return tally.fault(case.name, kind, moment, f"exit {ran.status}: {ran.last} {problems[:2]}")
     for kind, seen in problems:
         tally.fault(case.name, kind, moment, seen)
+
+
+def _lock_left(kind: str, name: str) -> bool:
+    return kind == "debris" and name.endswith(".lock")

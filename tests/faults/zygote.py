@@ -30,6 +30,7 @@ from moments import Counter, Strike, watch
 from processes import data_size, kill_group
 
 SECONDS = 300.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _MODULES = (
     "matplotlib.backends.backend_agg", "matplotlib.font_manager", "modelopt.torch.quantization", "transformers",
     "torch.distributed.checkpoint", "elastic_megatron.cli", "elastic_megatron.commands.rank",
@@ -147,9 +148,12 @@ class _Child:
         self.run, self.output, self.counter = run, output, Counter()
         self.started = time.monotonic()
         self.hung, self.number = False, run.number
+        # a signal at once must meet the command, not this code's copy in the child
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         self.pid = os.fork()
         if self.pid == 0:
             _command(run, output, self.counter)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         with contextlib.suppress(OSError):  # the child does the same; whoever is first
             os.setpgid(self.pid, self.pid)
         self.descriptor = os.pidfd_open(self.pid)
@@ -235,6 +239,7 @@ def _command(run: Run, output: Path, counter: Counter) -> NoReturn:
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         os.environ.update(run.environment)
         os.chdir(run.folder)
         if run.file_size is not None:
