@@ -49,7 +49,7 @@ def build_dataset(
     seed: int,
     cache_dir: str | Path,
     tokenizer_eod: int,
-) -> GPTDataset | BlendedDataset:
+) -> Dataset:
     """At least ``num_samples`` samples of ``seq_length`` tokens from prefixes mixed by weight.
 
     ``blend`` holds (weight, prefix) pairs; weights need not sum to one. Documents are concatenated and
@@ -86,7 +86,21 @@ def build_dataset(
     with building(Path(str(config.path_to_cache))), _refusals_told(prefixes, cache_dir):
         train, _, _ = builder.build()
     assert isinstance(train, (GPTDataset, BlendedDataset))
-    return train
+    return _Samples(train, prefixes, cache_dir)
+
+
+class _Samples(Dataset):
+    """Megatron's data set. A sample raises ``UserError`` where the files were changed after they were opened."""
+
+    def __init__(self, samples: Dataset, prefixes: Sequence[str], cache_dir: str | Path) -> None:
+        self._samples, self._prefixes, self._cache_dir = samples, prefixes, cache_dir
+
+    def __len__(self) -> int:
+        return len(self._samples)  # pyright: ignore[reportArgumentType]
+
+    def __getitem__(self, index: int) -> Any:
+        with _refusals_told(self._prefixes, self._cache_dir):
+            return self._samples[index]
 
 
 @contextlib.contextmanager

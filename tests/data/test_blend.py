@@ -236,3 +236,16 @@ def test_an_index_whose_inside_is_damaged_is_the_users_error(tmp_path: Path):
     index.write_bytes(data)
     with pytest.raises(UserError, match="is damaged, or was changed while it was read .*prepare-data again"):
         build([(1.0, prefix)], tmp_path / "cache")
+
+
+def test_tokens_that_are_cut_while_they_are_read_are_the_users_error(tmp_path: Path, monkeypatch):
+    """The reader keeps the file open; here it meets the shorter one as soon as the index is built."""
+    prefix = write_prefix(tmp_path / "d", np.arange(100), 10)
+    samples = build([(1.0, prefix)], tmp_path / "cache")
+
+    def cut(*_: Any, **__: Any) -> None:
+        raise ValueError("offset must be non-negative and no greater than buffer length (18312)")
+
+    monkeypatch.setattr(np, "frombuffer", cut)
+    with pytest.raises(UserError, match="was changed while it was read .*buffer length"):
+        samples[0]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fault_cases import CASES, Case, digest, json_lines, snapshot
 from moments import Strike
-from settled import check_finished, check_left
+from settled import check_finished, check_left, lock_left
 from tally import Lane, Lanes, Tally
 from zygote import Ran
 
@@ -138,7 +138,7 @@ def _finish(case: Case, straight: Undisturbed, moment: str, folder: Path, tally:
     if case.slurm and ran.status == 2 and "resume" in ran.err:
         [ran] = lane.zygote.run(case.run(lane.world, folder, argv=("resume", "chain")))
     problems = list(check_finished(case, folder, straight, lane))
-    if ran.status == 2 and not ran.traceback and all(_lock_left(kind, name) for kind, name in problems):
+    if ran.status == 2 and not ran.traceback and all(map(lock_left, problems)):
         # it had been done, and says that it is there; the dead one's lock is the next writer's to take over
         return tally.add(case.name, "done before it died")
     if ran.status or ran.left:
@@ -154,7 +154,3 @@ def _finish(case: Case, straight: Undisturbed, moment: str, folder: Path, tally:
         return tally.fault(case.name, kind, moment, f"exit {ran.status}: {ran.last} {problems[:2]}")
     for kind, seen in problems:
         tally.fault(case.name, kind, moment, seen)
-
-
-def _lock_left(kind: str, name: str) -> bool:
-    return kind == "debris" and name.endswith(".lock")

@@ -17,7 +17,7 @@ PROMISES = (
     ("Nothing that was there before is lost", "kill", ("lost",)),
     ("Nothing half has a final name", "kill", ("half",)),
     ("No debris after the finishing run, no process left running", "kill", ("debris", "left running")),
-    ("One line, and exit 2 or 75", "disk", ("traceback", "not one line", "status", "hang", "left running")),
+    ("One line (`submit`: and one on what it cancelled), and exit 2 or 75", "disk", ("traceback", "not one line", "status", "hang", "left running")),
     ("The last good state is as it was, and the same command finishes later", "disk", ("lost", "half", "different", "does not finish", "queued", "debris", "more than undisturbed")),
     ("Two writers: no wrong result", "race", ("wrong result", "lost", "status", "traceback", "hang", "left running")),
     ("Two writers: the second is told who the first is", "race", ("first not named",)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,11 +33,21 @@ def check_left(case: Case, folder: Path, before: dict[str, str], straight: Undis
         path = folder / name
         if _GROWING.fullmatch(name) or not path.is_file() or name.startswith("run/checkpoints/iter_"):
             continue
+        if name == "chain/chain.json":  # grows with every job that Slurm takes
+            yield from _no_json(path)
+            continue
         found = digest(path, folder)
         if found not in (wanted, before.get(name)) and path.name != tracker.TRACKER:
             yield "half", f"{name} is neither the old one nor the new one ({path.stat().st_size} bytes)"
     yield from _half_folders(folder, straight)
     yield from _half_checkpoints(folder / "run/checkpoints")
+
+
+def _no_json(path: Path) -> Iterator[Problem]:
+    try:
+        json.loads(path.read_text())
+    except ValueError as e:
+        yield "half", f"{path.name}: {e}"
 
 
 def check_finished(case: Case, folder: Path, straight: Undisturbed, lane: Lane) -> Iterator[Problem]:
@@ -75,6 +86,11 @@ def check_finished(case: Case, folder: Path, straight: Undisturbed, lane: Lane) 
     if any(line not in lines for line in straight.metrics) or len(steps) != len(set(steps)):
         yield "different", "run/metrics.jsonl lacks lines of an undisturbed run, or has steps twice"
     yield from _half_checkpoints(root)
+
+
+def lock_left(problem: Problem) -> bool:
+    """Of a process that died: the next writer's to take over. A command that has nothing to do takes no lock."""
+    return problem[0] == "debris" and problem[1].endswith(".lock")
 
 
 def _of_another_step(name: str, extra: set[str]) -> bool:
