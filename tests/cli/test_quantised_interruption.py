@@ -90,15 +90,15 @@ CALIBRATING = (
     Moment("megatron.core.dist_checkpointing", "save", after=True),
     Moment(_SAVED, "write_amax", after=True),
     Moment("pathlib:Path", "rename"),
-    Moment("elastic_megatron.checkpoint.tracker", "_point"),
-    Moment("elastic_megatron.checkpoint.tracker", "_point", after=True),
+    Moment("elastic_megatron.checkpoint.tracker", "write_text"),
+    Moment("elastic_megatron.checkpoint.tracker", "write_text", after=True),
 )
 TRAINING = (
     Moment(_QUANTIZE, "forward_only", 7),
     Moment("elastic_megatron.training.log:RunLog", "step"),
     Moment("elastic_megatron.training.log:RunLog", "step", 2, after=True),
     Moment(_SAVED, "write_amax"),
-    Moment("elastic_megatron.checkpoint.tracker", "_point"),
+    Moment("elastic_megatron.checkpoint.tracker", "write_text"),
     Moment("elastic_megatron.training.log:RunLog", "step", 2, after=True),
     Moment("elastic_megatron.checkpoint.manifest:Manifest", "write"),
 )

@@ -36,6 +36,7 @@ from elastic_megatron.router.loss import budget_loss
 from elastic_megatron.training import (
     batches,
     build,
+    checks,
     curriculum,
     datasets,
     family,
@@ -309,7 +310,7 @@ def ranking(recipe: Recipe) -> Any:
         raise Stop((asked, [tuple(b["tokens"].shape) for b in shown], sorted(settings["axes"])))
 
     with patched(
-        check_resumed=(rank, lambda *_: None),  # the folder is that of the runs of other probes
+        check_resumed=(checks, lambda *_: None),  # the folder is that of the runs of other probes
         parent_source=(rank, lambda _: source_of(recipe)),
         start_whole_stages=(rank, lambda *_: SimpleNamespace(rank=0)),
         dataset=(rank, data),

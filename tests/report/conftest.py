@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,11 @@ def write_run(folder: Path) -> Path:
     save_file(ranking_tensors(), folder / "ranking.safetensors")
     (folder / "ranking.json").write_text(json.dumps({"layer_types": PATTERN, "tokens": 65536}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_folder() -> Callable[[Path], Path]:
+    return write_run
 
 
 @pytest.fixture

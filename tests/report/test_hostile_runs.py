@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_run
 
 from elastic_megatron.errors import UserError
 from elastic_megatron.report.console import family_table, router_table
@@ -48,9 +47,9 @@ def _changed(draw: random.Random, text: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small(tmp_path_factory: pytest.TempPathFactory, write_folder: Callable[[Path], Path]) -> Path:
     """A run folder with few lines, so that a page takes milliseconds."""
-    folder = write_run(tmp_path_factory.mktemp("run"))
+    folder = write_folder(tmp_path_factory.mktemp("run"))
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     events = [line for line in lines if '"step_ms"' not in line]
     (folder / "metrics.jsonl").write_text("\n".join([*lines[:5], *events[:3], *events[-3:]]))
@@ -113,8 +112,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_files_that_cannot_be_read_are_named(tmp_path: Path, bad: str) -> None:
-    folder = write_run(tmp_path / "run")
+def test_files_that_cannot_be_read_are_named(
+    tmp_path: Path, write_folder: Callable[[Path], Path], bad: str
+) -> None:
+    folder = write_folder(tmp_path / "run")
     change, said = BAD[bad]
     change(folder)
     with pytest.raises(UserError, match=said) as error:
