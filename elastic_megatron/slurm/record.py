@@ -75,7 +75,7 @@ def read(run_dir: Path) -> Record | None:
         jobs = {name: _job(name, job) for name, job in data.pop("jobs").items()}
         unfinished = bool(data.pop("unfinished", False))
         return Record(run_dir, str(data.pop("name")), jobs, data, unfinished)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, OverflowError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged; {remedy}") from None
 
 

@@ -301,6 +301,7 @@ def test_a_run_folder_in_use_by_another_chain_is_refused(site: Site) -> None:
 
 DAMAGES: list[dict[str, Any]] = [
     {"after": [[0]]}, {"after": ["../one"]}, {"ids": ["x"]}, {"ids": None}, {"links": 10**9}, {"links": 0}, {"links": []},
+    {"ids": [float("inf")]}, {"links": float("inf")},
 ]  # fmt: skip
 
 
