@@ -80,6 +80,7 @@ _CLOCK = re.compile(
     rb'"(step_ms|submitted|created|since|started|save_id|seconds|python)": ?("[^"]*"|[0-9.e+-]+)|written on [^<]*'
 )
 
+_LIMIT = 64 << 20  # nothing here is that large, but for files that are hostile
 _JOB = re.compile(rb"(pair\.(?:one|two))\.[0-9a-f]{8}\b")  # each submission names its jobs anew
 _UUID = re.compile(rb"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -104,6 +105,8 @@ def snapshot(folder: Path, skip: Callable[[str], bool] = lambda _: False) -> dic
 
 
 def digest(path: Path, folder: Path) -> str:
+    if (size := path.stat().st_size) > _LIMIT:
+        return f"{size} bytes"
     data = path.read_bytes()
     for world in (
         f"{folder}-world",

@@ -277,7 +277,11 @@ def _main(argv: list[str]) -> int:
 
 
 def _tail(path: Path) -> str:
-    return path.read_text(errors="replace")[-_KEPT:] if path.exists() else ""
+    if not path.exists():
+        return ""
+    with path.open("rb") as f:
+        f.seek(max(0, path.stat().st_size - 4 * _KEPT))
+        return f.read().decode(errors="replace")[-_KEPT:]
 
 
 if __name__ == "__main__":
