@@ -85,3 +85,13 @@ def per_draw(layout: Layout) -> int:
     dense = layout.size("tensor") * layout.size("context")
     experts = layout.size("expert") * (layout.parallel.get("expert_tensor") or layout.size("tensor"))
     return lcm(dense, experts) // dense
+
+
+def assert_same_losses(mine: dict[str, Any], theirs: dict[str, Any], *more: str) -> None:
+    """Two lines of metrics.jsonl agree to rounding, ``more`` keys included.
+
+    The router's loss is |cost / target - 1|: rounding moves it by shares of the cost, however small it is itself.
+    """
+    for key in ("loss", "kd_loss", "router_loss", *more):
+        bound = 3e-5 if key == "router_loss" else 1e-7
+        assert mine[key] == pytest.approx(theirs[key], rel=1e-5, abs=bound), (theirs["step"], key)
