@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from ..checkpoint.manifest import Manifest
 from ..recipe import Recipe
 from ..router.table import router_line
@@ -41,11 +43,19 @@ class Assessment:
             return self.frozen
         return {b.name: router.choose(b) for b in self.manifest.budgets}
 
+    def missed(self, log: RunLog, done: int) -> bool:
+        """Was a run killed after it had saved this step, and before it had assessed it? Collective."""
+        kind = "eval" if self.windows else "router"
+        told = [log.lacks(kind, done) and (bool(self.windows) or self.model.router is not None)]
+        torch.distributed.broadcast_object_list(told)
+        return told[0]
+
     def report(self, log: RunLog, done: int, tokens: int, temperatures: Mapping[str, float]) -> None:
         """Evaluate every submodel after ``done`` steps, and log what the router chooses; collective."""
         submodels, router = self.submodels(), self.model.router
         # of logits that are not finite nothing is the most probable
-        if router is not None and all(bool(p.isfinite().all()) for p in router.parameters()):
+        finite = router is not None and all(bool(p.isfinite().all()) for p in router.parameters())
+        if router is not None and finite and log.lacks("router", done):
             log.event("router", router_line(router, submodels, done, **temperatures))
         if not self.windows:
             return

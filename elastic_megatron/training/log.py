@@ -107,6 +107,10 @@ class RunLog:
             for name, result in value["submodels"].items():
                 self.writer.add_scalar(f"eval/{name}", result["loss"], value["step"])
 
+    def lacks(self, kind: str, step: int) -> bool:
+        """Was the run killed before the file had this line of the step that it resumes from?"""
+        return self.active and (kind, step) not in self.kept
+
     def say(self, text: Any) -> None:
         """A line or rich renderable for the person watching."""
         if self.active:
@@ -121,6 +125,7 @@ class RunLog:
     def _open(self, resumed_at: int) -> None:
         """Continue the file after a step; the lines that stay say which losses are usual."""
         kept = _truncate(self.path, resumed_at)
+        self.kept = {(k, e.get("step")) for line in kept for k, e in line.items() if isinstance(e, dict)}
         if self.spikes is not None:
             self.spikes.forget()
             for line in kept:

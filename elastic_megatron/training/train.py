@@ -57,9 +57,9 @@ class Outcome:
 def train(recipe: Recipe) -> Outcome:
     """Run the recipe's stages up to ``last_step``, resuming from the newest checkpoint of its run folder.
 
-    Where that is complete already, the checkpoint is loaded and nothing else done. A recipe that quantises begins with
-    ``quantize``, if that was not done. Raises ``UserError`` for recipes that cannot run here; every other failure is a
-    defect.
+    Where that is complete already, the checkpoint is loaded, and evaluated if that was not done. A recipe that
+    quantises begins with ``quantize``, if that was not done. Raises ``UserError`` for recipes that cannot run here;
+    every other failure is a defect.
     """
     check_train(recipe)
     source = parent_source(recipe)
@@ -149,6 +149,9 @@ class _Run:
         rates = LearningRate(self.model.optimizer, self.recipe.optimizer, self.curriculum)
         if asked := self._asked_to_stop():
             return self._interrupted(asked, first, "stopped before the first step")
+        if first and self._evaluates(first) and self.assessment.missed(self.log, first):
+            with self.model.gathered():
+                self._assess(first)
         self.batches.check_known(first, total)
         done, owed = first, False
         while done < total:
@@ -177,7 +180,7 @@ class _Run:
 
     def _milestone(self, done: int, *, saves: bool) -> str | None:
         """Save and evaluate where that is due; says what is not finite of what would have been saved."""
-        evaluates = done == self.recipe.last_step or _due(done, self.recipe.log.eval_interval)
+        evaluates = self._evaluates(done)
         if saves or evaluates:
             with self.model.gathered():
                 try:
@@ -186,9 +189,15 @@ class _Run:
                 except NonFiniteError as error:
                     return error.what
                 if evaluates:
-                    temperatures = self.forward_step.temperatures(done - 1)
-                    self.assessment.report(self.log, done, self.watch.tokens_after(done), temperatures)
+                    self._assess(done)
         return None
+
+    def _evaluates(self, done: int) -> bool:
+        return done == self.recipe.last_step or _due(done, self.recipe.log.eval_interval)
+
+    def _assess(self, done: int) -> None:
+        temperatures = self.forward_step.temperatures(done - 1)
+        self.assessment.report(self.log, done, self.watch.tokens_after(done), temperatures)
 
     def _rewind(self, done: int, what: str) -> int:
         """Go back, if the recipe says so, or end; returns the steps that are done then."""

@@ -109,6 +109,33 @@ def test_resuming_is_exact_in_other_settings(
     assert_same_state(broken, straight)
 
 
+@pytest.mark.parametrize("said", [0, 1], ids=["nothing said", "router said"])
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_run_that_was_killed_between_save_and_evaluation_evaluates_when_it_resumes(
+    uninterrupted: Recipe,
+    elastic: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    said: int,
+) -> None:
+    """The log is that of the run that was not killed, whichever of the lines after a save were written."""
+    recipe = elastic(tmp_path / "run")
+    if step == 3:
+        crash_before(recipe, 3, monkeypatch)
+    else:
+        shutil.copytree(uninterrupted.run_dir, recipe.run_dir)
+    file = recipe.run_dir / "metrics.jsonl"
+    written = file.read_text().splitlines(keepends=True)
+    assert ["router" in json.loads(line) or "eval" in json.loads(line) for line in written[-2:]] == [
+        True,
+        True,
+    ]
+    file.write_text("".join(written[: len(written) - 2 + said]))
+    assert train(recipe).step == 6
+    assert lines(recipe.run_dir) == lines(uninterrupted.run_dir)
+
+
 def test_training_again_after_the_end_does_nothing(
     uninterrupted: Recipe, elastic: Callable[..., Recipe], tmp_path: Path
 ) -> None:
