@@ -34,7 +34,9 @@ what stays as it is: with --json, `stored_format`, `left_alone` (layers by kind)
 
 With --json, `jobs` holds per job: job, ranks, steps, tokens, flops, gpu_hours and hours (null unless the cluster
 file names a GPU), slurm_jobs (how often the time limit is reached), memory_per_rank, memory_limit (bytes of the GPU),
-checkpoint_bytes (one), disk_bytes (all that are there at a time) and problems of its layout."""
+checkpoint_bytes (one), disk_bytes (all that are there at a time) and problems of its layout. `serving` has a line for
+each expert width that engines cannot serve in NVFP4 on --serving-tensor ranks, where that is asked or it is quantised
+so."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -51,6 +53,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--context", type=int, default=8192, metavar="N", help="tokens of a sequence for FLOPs and caches"
     )
+    parser.add_argument(
+        "--serving-tensor",
+        type=int,
+        metavar="N",
+        help="tensor ranks of the engine that will serve the models: tell expert widths that it cannot take in NVFP4",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.set_defaults(handler=run)
 
@@ -62,8 +70,12 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """
     if args.context < 1:
         raise UserError(f"--context {args.context} must be at least 1 token")
+    if args.serving_tensor is not None and args.serving_tensor < 1:
+        raise UserError(f"--serving-tensor {args.serving_tensor} must be at least 1 rank")
+    from .plan_layout import serving
+
     subject = read(args.source, args.overrides, args.context)
-    result = plan(subject)
+    result = plan(subject) | {"serving": serving(subject, args.serving_tensor)}
     if args.json:
         return result
     from .plan_tables import show
@@ -189,6 +201,8 @@ def _main(chain: JobChain) -> PlannedJob:
 
 def plan(subject: Subject) -> dict[str, Any]:
     """The object that ``--json`` prints: parameters, FLOPs of one token, bytes; seconds for latency."""
+    from .plan_layout import layout_of
+
     shape, space = subject.manifest.shape, subject.space
     parent = _cost(subject, shape)
     submodels: dict[str, dict[str, Any]] = {
@@ -197,7 +211,7 @@ def plan(subject: Subject) -> dict[str, Any]:
         if space is not None
     }
     separate = {f: sum(s["weights_bytes"][f] for s in submodels.values()) for f in parent["weights_bytes"]}
-    layout = _layout(subject)
+    layout = layout_of(subject)
     out = {
         "parent": parent,
         "submodels": submodels,
@@ -240,29 +254,6 @@ def _cost(
         space = of if isinstance(of, ElasticSpace) else ElasticSpace(of, ())
         out["stored_bytes"] = stored_bytes(subject.quantised, space, spec or space.full())
     return out
-
-
-def _layout(subject: Subject) -> dict[str, Any]:
-    """Problems of the layout; group -> ranks, of dense and of expert parameters (``data`` is null where the world
-    is unknown); layers of each pipeline stage, chunk by chunk, empty where there are too few."""
-    from ..cost.layout import check_setting
-    from ..cost.parallel import rank_grids
-    from ..space import stage_layers
-
-    shape, parallel = subject.manifest.shape, subject.setting.parallel
-    problems = check_setting(subject.setting)
-    dense, experts = rank_grids(parallel)
-    parts = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    sizes = [len(part) for part in stage_layers(shape.num_layers, parts)] if parts <= shape.num_layers else []
-    return {
-        "ok": not problems,
-        "problems": problems,
-        "dense": dense,
-        "expert": experts if shape.layers_of("E") else {},
-        "layers_per_stage": [
-            sizes[stage :: parallel.pipeline] for stage in range(parallel.pipeline) if sizes
-        ],
-    }
 
 
 def _memory(subject: Subject) -> dict[str, int]:

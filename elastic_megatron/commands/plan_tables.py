@@ -50,6 +50,8 @@ def show(subject: Subject, plan: dict[str, Any]) -> None:
         console.print(_memory_table(subject, plan))
     for line in _layout_lines(plan["layout"]):
         console.print(line, highlight=False, soft_wrap=True)
+    for line in plan["serving"]:
+        console.print(f"[yellow]- {escape(line)}", highlight=False, soft_wrap=True)
 
 
 def _size_table(subject: Subject, plan: dict[str, Any]) -> Table:

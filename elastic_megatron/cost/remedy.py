@@ -9,6 +9,7 @@ from typing import Any
 
 from .batch_rules import BATCH_RULES
 from .block_rules import whole_blocks
+from .kernel_rules import kernel_rules
 from .layout_rules import RULES, Problem
 from .setting import Change, Setting
 
@@ -18,7 +19,9 @@ _DEPTH, _BREADTH = 3, 4
 
 def problems_of(setting: Setting) -> list[Problem]:
     """Everything that does not fit."""
-    return [problem for rule in (*RULES, *BATCH_RULES, whole_blocks) for problem in rule(setting)]
+    return [
+        problem for rule in (*RULES, *BATCH_RULES, whole_blocks, kernel_rules) for problem in rule(setting)
+    ]
 
 
 def remedies(setting: Setting, problem: Problem, most: int = 2) -> list[Change]:

@@ -43,6 +43,7 @@ class LayoutSizes:
     world_size: int | None
     recompute: bool = False
     distributed_optimizer: bool = False
+    dispatcher: str = "alltoall"
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Setting:
         frozen: are the widths those of a trained family, which no setting changes?
         draws: do the stages draw widths (a run with budgets)?
         granule: axis -> what its widths are multiples of, as the recipe wants it.
+        gpus: will it run on GPUs, whose kernels do not take every size?
     """
 
     shape: ParentShape
@@ -74,6 +76,7 @@ class Setting:
     frozen: bool = False
     draws: bool = False
     granule: Mapping[str, int] = field(default_factory=dict)
+    gpus: bool = False
 
     @classmethod
     def of(

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..checkpoint.hf_quantised import Quantised, read_quantised
 from ..checkpoint.quantised_layers import checked_of, in_use
 from ..checkpoint.resolve import CONFIG
+from ..cost.kernel_rules import slow_attention
 from ..cost.layout_rules import Problem, lower
 from ..cost.remedy import described, problems_of
 from ..cost.setting import Setting
@@ -27,7 +28,7 @@ def job_problems(chain: JobChain, job: PlannedJob, family: Family) -> Iterator[F
         for problem in (*limits(setting), *problems_of(setting)):
             yield "error", described(setting, problem)
         if chain.cluster.gpus_per_node:
-            for problem in across_nodes(setting):
+            for problem in (*across_nodes(setting), *slow_attention(setting)):
                 yield "warning", described(setting, problem)
     yield from _long_sequences(chain, job, family)
 
@@ -50,6 +51,7 @@ def setting_of(chain: JobChain, job: PlannedJob, family: Family) -> Setting | No
         most_per_node=chain.cluster.gpus_per_node or None,
         most_nodes=chain.cluster.max_nodes,
         draws=train and bool(recipe.budgets),
+        gpus=bool(chain.cluster.gpus_per_node),
         granule=recipe.space.granule,
         **({"calibration": recipe.rank} if recipe.job == "rank" else rest),
     )

@@ -7,7 +7,7 @@ runs on a laptop.  Importing it costs torch; Megatron is imported inside the fun
 
 from elastic_megatron.runtime.config import fused_experts, transformer_config_defaults
 from elastic_megatron.runtime.cpu import ADAPTATIONS, adapt
-from elastic_megatron.runtime.device import Layout, Runtime, adopt, groups, layout, start, stop
+from elastic_megatron.runtime.device import Layout, Runtime, adopt, groups, layout, on_gpus, start, stop
 from elastic_megatron.runtime.launch import die_with_parent
 from elastic_megatron.runtime.optimizer_layout import one_optimizer_layout
 from elastic_megatron.runtime.specs import hybrid_stack_spec
@@ -23,6 +23,7 @@ __all__ = [
     "groups",
     "hybrid_stack_spec",
     "layout",
+    "on_gpus",
     "one_optimizer_layout",
     "start",
     "stop",

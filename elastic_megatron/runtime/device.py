@@ -114,6 +114,11 @@ def adopt(sizes: Layout) -> Runtime:
     return _running[0]
 
 
+def on_gpus() -> bool:
+    """Does this process compute on a GPU?"""
+    return torch.cuda.is_available()
+
+
 def layout() -> Layout:
     """The running layout; every size is 1 before ``start``."""
     return _running[1] if _running is not None else Layout()

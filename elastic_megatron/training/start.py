@@ -27,7 +27,8 @@ def start(
         submodels: where their widths stay as they are; no others are checked.
 
     Raises ``UserError`` for a layout that does not fit the model, one of its submodels, a stage's batches, the
-    calibration or the blocks of ``recipe.quantize``, or the number of ranks, with the first problem in one line.
+    calibration or the blocks of ``recipe.quantize``, the kernels of a GPU where there is one, or the number of ranks,
+    with the first problem in one line.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     parallel = recipe.parallel
@@ -39,7 +40,7 @@ def start(
     parallel = parallel.model_copy(update={"world_size": world})
     frozen = submodels is not None
     checked = in_use(space, submodels) if space is not None and submodels is not None else space
-    rest = checked_of(recipe, shape, frozen=frozen)
+    rest = checked_of(recipe, shape, frozen=frozen) | {"gpus": runtime.on_gpus()}
     if problems := check_layout(shape, checked, parallel, recipe.stages, **rest):
         more = f" (and {len(problems) - 1} more; see `plan`)" if len(problems) > 1 else ""
         raise UserError(f"{world} rank{'s' * (world > 1)} of this layout cannot run: {problems[0]}{more}")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from hf_files import slice_hf, write_hf
 from hf_models import random_state, stored
-from plan_calls import planned
+from plan_calls import NANO as RECIPE
+from plan_calls import parse, planned
 from quantised_dirs import SHAPE, family, left_alone, pack
 
 from elastic_megatron.cli import main
@@ -133,3 +134,15 @@ def test_a_chain_is_planned_as_its_last_job_leaves_it() -> None:
 def test_a_plan_with_modules_that_are_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *NANO, "quantize.keep=[lm_heads]"]) == 2
     assert "error: quantize.keep: 'lm_heads' is no linear" in capsys.readouterr().err
+
+
+def test_expert_widths_that_engines_refuse_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the ranks that are asked for; without, of one rank and of what is quantised to NVFP4."""
+    told = {n: planned(RECIPE, "--serving-tensor", n)["serving"] for n in (4, 8)}
+    assert told[4] == [] and [line.split()[0] for line in told[8]][:1] == ["moe_ffn_hidden_size=1856"]
+    odd = ["space.choices.moe_ffn_hidden_size=[1000,1856]", "space.granule.moe_ffn_hidden_size=8"]
+    form = "quantize={format: nvfp4}"
+    assert planned(RECIPE, *odd)["serving"] == [] != planned(RECIPE, *odd, form)["serving"]
+    args = parse(RECIPE, "--serving-tensor", 8)
+    args.handler(args)
+    assert "1792 or 1920 can" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from training_jobs import PARENT, parent_of, space_section
+from training_jobs import parent_of, space_section
 
 from elastic_megatron import runtime
 from elastic_megatron.blocks import build_elastic_model, running
@@ -20,14 +20,12 @@ from elastic_megatron.space import ElasticSpace
 def submodel_logits(parent: str, impl: str, **overrides: Any) -> Tensor:
     """[2, 16, vocabulary] on the CPU: logits of the smallest submodel in bf16, with one layer spec."""
     device = runtime.start(seed=1).device
-    section = space_section(True)
-    space = ElasticSpace.build(
-        parent_of(True), section["choices"], section["lanes"], per_layer=section["per_layer"]
-    )
+    section, shape = space_section(True, gpus=True), parent_of(True, gpus=True)
+    space = ElasticSpace.build(shape, section["choices"], section["lanes"], per_layer=section["per_layer"])
     spec = runtime.hybrid_stack_spec(impl)  # type: ignore[arg-type]
     model = build_elastic_model(space, dtype=torch.bfloat16, spec=spec, **overrides).to(device).eval()
     distributed.load(resolve(Path(parent)), [model])
-    ids = torch.randint(0, PARENT.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(0, shape.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0)).to(device)
     mix = SubmodelMix.one_hot(space, space.smallest(), device)
     with torch.no_grad(), running(model, mix):
         return model(ids, torch.arange(16, device=device).expand(2, -1), None).float().cpu()

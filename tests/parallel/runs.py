@@ -45,14 +45,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write(corpus: Path, ranks: RankPool) -> Callable[..., Path]:
     """Writes the recipe of a run; other sections replace those here.
 
-    ``stage`` updates the only one; ``dtype`` and ``tied`` (embedding and output layer) choose the model.
+    ``stage`` updates the only one; ``dtype``, ``tied`` (embedding and output layer) and ``gpus`` (sizes that kernels
+    take) choose the model.
     """
 
     def recipe(name: str, moe: bool, per_draw: int, parallel: dict[str, Any], **sections: Any) -> Path:
-        tied = sections.pop("tied", False)
-        parent = corpus / f"parent_{'moe' if moe else 'dense'}{'_tied' if tied else ''}"
+        tied, gpus = sections.pop("tied", False), sections.pop("gpus", False)
+        parent = corpus / f"parent_{'moe' if moe else 'dense'}{'_tied' * tied}{'_gpus' * gpus}"
         if not parent.exists():
-            ranks.run(training_jobs.save_parent, 1, str(parent), moe, tied)
+            ranks.run(training_jobs.save_parent, 1, str(parent), moe, tied, gpus)
         stage = {"name": "all", "tokens": STEPS * BATCH * LENGTH, "seq_length": LENGTH,
                  "global_batch_size": BATCH, "micro_batch_size": 1, "samples_per_draw": per_draw,
                  **sections.pop("stage", {})}  # fmt: skip
@@ -63,7 +64,7 @@ def write(corpus: Path, ranks: RankPool) -> Callable[..., Path]:
             "run_dir": str(corpus / name),
             "model": {"dtype": sections.pop("dtype", "fp32"), "checkpoint": str(parent)},
             "data": {"train": source, "valid": source, "cache": str(corpus / "cache")},
-            "space": training_jobs.space_section(moe),
+            "space": training_jobs.space_section(moe, gpus),
             "budgets": BUDGETS,
             "router": ROUTER,
             "loss": {"moe_aux_loss": 0.01, "moe_bias_update_rate": 0.01} if moe else {},

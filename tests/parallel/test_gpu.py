@@ -18,6 +18,11 @@ from layouts import LAYOUTS, Layout
 from pool import RankPool
 from runs import STEPS, per_draw
 
+from elastic_megatron.cost.kernel_rules import kernel_rules, slow_attention
+from elastic_megatron.cost.setting import Setting
+from elastic_megatron.recipe.training import Parallel
+from elastic_megatron.space import ElasticSpace
+
 NEEDS_TE = pytest.mark.skipif(find_spec("transformer_engine") is None, reason="needs transformer-engine")
 NEEDS_SSM = pytest.mark.skipif(find_spec("mamba_ssm") is None, reason="needs mamba-ssm")
 MIRRORED = [
@@ -26,6 +31,19 @@ MIRRORED = [
     if layout.name
     in ("TP2+SP", "EP2", "PP2", "PP2+VPP2", "CP2", "DP2+overlap", "TP2+SP+ETP1+EP2", "TP2+SP+ETP1+EP2+PP2")
 ]
+
+
+@pytest.mark.parametrize("layout", [param.values[0] for param in MIRRORED], ids=lambda layout: layout.name)
+def test_kernels_take_the_sizes_of_these_tests(layout: Layout) -> None:
+    """On the ranks of each layout, and no others would do: the ones of the CPU's tests are refused."""
+    for gpus in (True, False):
+        shape = training_jobs.parent_of(layout.moe, gpus)
+        section = training_jobs.space_section(layout.moe, gpus)
+        space = ElasticSpace.build(
+            shape, section["choices"], section["lanes"], per_layer=section["per_layer"]
+        )
+        setting = Setting.of(shape, space, Parallel(**layout.parallel), gpus=True)
+        assert bool([*kernel_rules(setting), *slow_attention(setting)]) is not gpus
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -38,7 +56,7 @@ def test_ten_steps_over_nccl_are_those_of_one_gpu(
     layout: Layout, write: Callable[..., Path], gpu_ranks: RankPool
 ) -> None:
     def run(name: str, world: int, parallel: dict[str, Any]) -> dict[str, Any]:
-        file = write(name, layout.moe, per_draw(layout), parallel)
+        file = write(name, layout.moe, per_draw(layout), parallel, gpus=True)
         return gpu_ranks.run(training_jobs.trained, world, str(file), timeout=600)[0]
 
     expected = run(f"gpu_alone_{layout.name}", 1, {})
@@ -54,8 +72,8 @@ def test_ten_steps_over_nccl_are_those_of_one_gpu(
 def test_transformer_engine_computes_what_the_local_spec_does(
     write: Callable[..., Path], corpus: Path, gpu_ranks: RankPool, grouped: bool
 ) -> None:
-    write("gpu_specs", True, 1, {})
-    parent = str(corpus / "parent_moe")
+    write("gpu_specs", True, 1, {}, gpus=True)
+    parent = str(corpus / "parent_moe_gpus")
     (local,) = gpu_ranks.run(gpu_jobs.submodel_logits, 1, parent, "local", moe_grouped_gemm=False)
     (engine,) = gpu_ranks.run(gpu_jobs.submodel_logits, 1, parent, "te", moe_grouped_gemm=grouped)
     assert relative(engine, local) < 5e-2

@@ -52,16 +52,30 @@ CHOICES = {
 LANES = {"ffn_hidden_size": 2, "moe_ffn_hidden_size": 2, "moe_shared_expert_intermediate_size": 2, "num_moe_experts": 4}  # fmt: skip
 PER_LAYER = ("num_moe_experts", "moe_ffn_hidden_size", "mamba_num_heads")
 WITHOUT_MOE = "M-*M"
+# the same on GPUs, whose kernels refuse most of these sizes (cost.kernel_rules)
+ON_GPUS = PARENT.override(
+    hidden_size=32, ffn_hidden_size=32, moe_ffn_hidden_size=32, moe_shared_expert_intermediate_size=32,
+    mamba_head_dim=24, mamba_state_dim=16, kv_channels=16,
+)  # fmt: skip
+CHOICES_ON_GPUS = CHOICES | {
+    "hidden_size": [24, 16],
+    "ffn_hidden_size": [24, 16],
+    "moe_ffn_hidden_size": [24, 16],
+    "moe_shared_expert_intermediate_size": [16],
+    "mamba_head_dim": [16],
+    "mamba_state_dim": [8],
+}
 
 
-def parent_of(moe: bool) -> ParentShape:
-    return PARENT if moe else PARENT.override(hybrid_layer_pattern=WITHOUT_MOE)
+def parent_of(moe: bool, gpus: bool = False) -> ParentShape:
+    parent = ON_GPUS if gpus else PARENT
+    return parent if moe else parent.override(hybrid_layer_pattern=WITHOUT_MOE)
 
 
-def space_section(moe: bool) -> dict[str, Any]:
+def space_section(moe: bool, gpus: bool = False) -> dict[str, Any]:
     """A recipe's ``space``: every axis of the model is elastic, some of them per layer."""
-    parent = parent_of(moe)
-    choices = {a: c for a, c in CHOICES.items() if parent.size(a) and (moe or a != "num_layers")}
+    parent, wanted = parent_of(moe), CHOICES_ON_GPUS if gpus else CHOICES
+    choices = {a: c for a, c in wanted.items() if parent.size(a) and (moe or a != "num_layers")}
     return {
         "choices": choices,
         "lanes": {a: n for a, n in LANES.items() if a in choices},
@@ -69,10 +83,10 @@ def space_section(moe: bool) -> dict[str, Any]:
     }
 
 
-def save_parent(root: str, moe: bool, tied: bool) -> None:
+def save_parent(root: str, moe: bool, tied: bool, gpus: bool = False) -> None:
     """A checkpoint with random weights, of a size that keeps experts' ties rare."""
     runtime.start()
-    shape = parent_of(moe).override(tie_embeddings=tied)
+    shape = parent_of(moe, gpus).override(tie_embeddings=tied)
     model = build_model(shape)
     state = {n: t / 2 if t.dim() == 2 else t for n, t in random_state(shape, seed=3).items()}
     loaded = model.load_state_dict(state, strict=False)

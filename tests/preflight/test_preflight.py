@@ -223,3 +223,13 @@ def test_memory_is_never_bought_with_other_submodels() -> None:
     assert legal(setting, {"parallel.context": 8}) is None
     tensor = {"parallel.tensor": 4, "parallel.sequence": True}
     assert legal(setting, {"parallel.tensor": 4}) == tensor, "what a change needs besides comes along"
+
+
+def test_only_gpus_refuse_what_kernels_do_not_take(tmp_path: Path) -> None:
+    """A cluster file with GPUs is what says that a chain will meet kernels."""
+    chain = write_chain(tmp_path)
+    write_model(tmp_path / "parent", replace(SHAPE, conv_kernel=5))
+    found = findings(chain)
+    assert [f.severity for f in found] == ["error"] and "conv_kernel=5" in found[0].text
+    ranks = ("rank.slurm.ranks_per_node=4", "train.slurm.ranks_per_node=4")
+    assert findings(chain, "cluster.gpus_per_node=0", "cluster.gpu=null", *ranks) == []

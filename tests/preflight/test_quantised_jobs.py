@@ -101,9 +101,10 @@ def test_widths_of_weights_that_stay_as_they_are_may_be_torn(tmp_path: Path, cho
 
 def test_the_preset_decides_about_attention(tmp_path: Path) -> None:
     chain = write_quantised_chain(tmp_path)
-    write_model(tmp_path / "parent", replace(SHAPE, kv_channels=20))
-    assert findings(chain) == []
-    (found,) = findings(chain, "ptq.quantize.preset=default")
+    write_model(tmp_path / "parent", replace(SHAPE, kv_channels=24))
+    heads = [f"{job}.space.choices.num_attention_heads=[4,16]" for job in ("rank", "train", "qad")]
+    assert findings(chain, *heads) == []
+    (found,) = findings(chain, *heads, "ptq.quantize.preset=default")
     assert found.job == "ptq" and "num_attention_heads=" in found.text
 
 
