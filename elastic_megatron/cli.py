@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import errno
 import io
-import json
 import os
 import signal
 import sys
@@ -32,6 +31,7 @@ from .commands import (
 )
 from .data import cli as prepare_data
 from .errors import BAD_INPUT, UserError, of_os_error
+from .files.json_files import finite, strict
 from .report import cli as report
 
 COMMANDS = (
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _ended_by_sigterm(), _stdout_to_stderr() if machine_readable else contextlib.nullcontext():
             result = args.handler(args)
         if machine_readable and result is not None:
-            print(json.dumps(result))
+            print(strict(finite(result)))
         sys.stdout.flush()  # here, where a full disk can still be told
     except UserError as e:
         _tell(str(e))

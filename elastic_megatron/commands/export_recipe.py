@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.named import check_cut, described
 from ..errors import UserError
-from ..files.json_files import write_object
+from ..files.json_files import read_object, write_object
 from ..files.lock import beside, locked
 from ..recipe.deploy import RECORD
 
@@ -120,10 +120,10 @@ class _Record:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        try:
-            self.noted: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-        except ValueError as error:
-            raise UserError(f"{file} is damaged ({error}); remove it and what was exported") from None
+        remedy = "remove it and what was exported"
+        self.noted = read_object(file, remedy, remedy) if file.exists() else dict[str, Any]()
+        if not all(isinstance(noted, dict) for noted in self.noted.values()):
+            raise UserError(f"{file} is damaged; {remedy}")
 
     def lacks(self, wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
         """Of directories, those that are not there. Raises ``UserError`` as ``holds``."""

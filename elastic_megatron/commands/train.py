@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +60,11 @@ def show_router(run_dir: Path) -> None:
     """Print what the budget router chose last, where the run has one."""
     from rich.console import Console
 
+    from ..files.json_files import parse_line
     from ..report.console import router_table
 
     metrics = run_dir / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    routed = [text for text in lines if text.startswith('{"router"')]
+    lines = metrics.read_text(errors="replace").splitlines() if metrics.exists() else []
+    routed = [line for text in lines if text.startswith('{"router"') and (line := parse_line(text))]
     if routed:
-        Console(stderr=True).print(router_table(json.loads(routed[-1])["router"]))
+        Console(stderr=True).print(router_table(routed[-1]["router"]))

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from torch.distributed.checkpoint import CheckpointException
 
-from ..errors import UserError
+from ..errors import RetryableError, UserError, of_os_error
 
 # beside the weights: headers, config, tokenizer, and what file systems need for themselves
 _RESERVE = 64 << 20
 
 
 def check_space(wanted: Mapping[Path, int]) -> None:
-    """Raise ``UserError`` unless the disks have room for these bytes at these paths, which need not exist yet."""
+    """Raise ``RetryableError`` unless the disks have room for these bytes at these paths, which need not exist yet."""
     sizes: dict[int, int] = {}
     places: dict[int, Path] = {}
     for path, size in wanted.items():
@@ -30,7 +30,7 @@ def check_space(wanted: Mapping[Path, int]) -> None:
     for device, size in sizes.items():
         free = shutil.disk_usage(places[device]).free
         if free < size:
-            raise UserError(
+            raise RetryableError(
                 f"{places[device]} has {_gib(free)} GiB free, the conversion writes {_gib(size)} GiB; free space, or "
                 "choose a destination on another disk"
             )
@@ -47,14 +47,14 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def write_errors(folder: Path) -> Iterator[None]:
-    """Say in one line what kept files from being written to ``folder``."""
+    """Say in one line what kept files from being written to ``folder``, as ``UserError`` or ``RetryableError``."""
     try:
         yield
     except (OSError, CheckpointException) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise UserError(
-            f"{folder} cannot be written ({reason}); free space, or choose another destination"
-        ) from e
+        inner = next((inner for inner, _ in getattr(e, "failures", {}).values()), e)
+        what = f"{folder} cannot be written"
+        told = of_os_error(inner, what) if isinstance(inner, OSError) else None
+        raise told or UserError(f"{what} ({inner}); choose another destination") from e
 
 
 def _gib(size: int) -> str:

@@ -64,7 +64,7 @@ def _held(folder: Path) -> lock.Held | None:
 
 def _remove_damaged(folder: Path) -> None:
     """With all files of the same data set: Megatron would write over those, which other jobs have mapped."""
-    for file in sorted(folder.glob("*.npy")):
+    for file in sorted([*folder.glob("*.npy"), *folder.glob("*description.txt")]):
         if file.exists() and not _whole(file):
             print(
                 f"{file} was left half-written or is damaged; its data set's indices are built again",
@@ -76,9 +76,11 @@ def _remove_damaged(folder: Path) -> None:
 
 
 def _whole(file: Path) -> bool:
-    """Has a file the numbers that its header promises, and nothing that needs unpickling?"""
+    """Has a file the numbers that its header promises, and nothing that needs unpickling? Is a description a file?"""
     try:
         with open_regular(file) as f:
+            if file.suffix != ".npy":
+                return True
             shape, _, dtype = _HEADERS[np.lib.format.read_magic(f)](f)
             size = os.fstat(f.fileno()).st_size
             return not dtype.hasobject and f.tell() + prod(shape) * dtype.itemsize == size

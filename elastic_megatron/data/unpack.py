@@ -126,7 +126,7 @@ def _xz(_: Path, packed: BinaryIO) -> Any:
 
 def _zstd(path: Path, packed: BinaryIO) -> Any:
     try:
-        import zstandard  # pyright: ignore[reportMissingImports]
+        import zstandard
     except ImportError:
         raise UserError(
             f"{path} is compressed with zstd, which needs the package zstandard: pip install zstandard, or pipe it: "

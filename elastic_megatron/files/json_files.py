@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,32 @@ def _integer(text: str) -> int:
     return int(text)
 
 
+def parse_line(text: str | bytes) -> dict[str, Any] | None:
+    """The object of a line; ``None`` for a line that was cut off, or is damaged otherwise."""
+    try:
+        found = parse(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def strict(data: Any, *, indent: int | None = None) -> str:
+    """A value as strict JSON. Raises ``ValueError`` for numbers that JSON does not have."""
+    return json.dumps(data, indent=indent, allow_nan=False)
+
+
 def write_object(file: Path, data: Any, *, indent: int | None = 1) -> None:
     """Write a value as strict JSON, atomically. Raises ``ValueError`` for numbers that JSON does not have."""
-    write_text(file, json.dumps(data, indent=indent, allow_nan=False) + "\n")
+    write_text(file, strict(data, indent=indent) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """A value with null for every number that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def plain_numbers(value: Any) -> Any:

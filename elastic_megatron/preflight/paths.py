@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..errors import UserError
+from ..files.json_files import read_object
 from ..files.targets import nearest, writable
 from ..recipe import JobChain, PlannedJob
 from ..recipe.deploy import RECORD
@@ -119,6 +120,6 @@ def _export(chain: JobChain, job: PlannedJob) -> Iterator[str]:
 def _exported(job: PlannedJob) -> set[str]:
     """Directories that the recipe's run folder says it wrote; a second run leaves them as they are."""
     try:
-        return set(json.loads((job.recipe.run_dir / RECORD).read_text()))
-    except (OSError, ValueError):
+        return set(read_object(job.recipe.run_dir / RECORD, ""))
+    except UserError:
         return set()

@@ -14,15 +14,15 @@ from .family import Found, ancestors
 
 def shared_runs(chain: JobChain, job: PlannedJob) -> Iterator[Found]:
     """What is wrong between a job and the jobs above it that write to the same run folder."""
-    if job.recipe.job == "export":
-        return
     before, names = ancestors(chain, job), [each.name for each in chain.jobs]
     for other in chain.jobs[: names.index(job.name)]:
-        if other.recipe.job == "export" or other.recipe.run_dir != job.recipe.run_dir:
+        if other.recipe.run_dir != job.recipe.run_dir:
             continue
         if other.name not in before:
             text = f"run_dir: {job.recipe.run_dir} is that of job {other.name} too"
             yield "error", f"{text}; add {other.name} to jobs.{job.name}.after, or choose another run_dir"
+        elif "export" in (other.recipe.job, job.recipe.job):
+            continue  # it leaves no checkpoints there
         elif other.recipe.job == "quantize" and job.recipe.job == "train" and job.recipe.quantize is not None:
             if changed := next(fixed(other.recipe, job.recipe, FIXED_BY_QUANTIZING), None):
                 yield "error", _unlike(other, changed)

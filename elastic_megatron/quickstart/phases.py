@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
-from ..files.json_files import write_object
+from ..files.json_files import read_object, write_object
 
 
 class Phases:
@@ -20,7 +19,7 @@ class Phases:
 
     def __init__(self, path: Path, key: str, console: Console) -> None:
         self.path, self.console = path, console
-        saved = json.loads(path.read_text()) if path.exists() else {}
+        saved = read_object(path, "", "remove it; every phase runs again") if path.exists() else {}
         fresh = {"key": key, "done": [], "seconds": {}}
         self.stale = bool(saved) and saved.get("key") != key
         self.state = saved if saved.get("key") == key else fresh

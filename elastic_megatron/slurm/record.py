@@ -74,6 +74,7 @@ def read(run_dir: Path) -> Record | None:
     try:
         jobs = {name: _job(name, job) for name, job in data.pop("jobs").items()}
         unfinished = bool(data.pop("unfinished", False))
+        json_files.strict(data)  # it is written again
         return Record(run_dir, str(data.pop("name")), jobs, data, unfinished)
     except (ValueError, OverflowError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged; {remedy}") from None

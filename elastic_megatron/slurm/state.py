@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import AGAIN, BAD_INPUT, DIVERGED, UserError
+from ..files.json_files import parse_line
 from ..recipe import Recipe, load
 from . import record, scheduler
 from .answers import JobId, Queued
@@ -178,10 +178,7 @@ def _last_step(metrics: Path) -> dict[str, Any]:
     with metrics.open("rb") as f:
         f.seek(max(0, os.fstat(f.fileno()).st_size - 65536))
         for text in reversed(f.read().splitlines()):
-            try:
-                line = json.loads(text)
-            except ValueError:  # cut off, at either end
-                continue
-            if isinstance(line, dict) and "step" in line:
+            line = parse_line(text)  # cut off, at either end
+            if line is not None and isinstance(line.get("step"), int):
                 return line
     return {}

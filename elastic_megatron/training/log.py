@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -14,6 +12,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..files.json_files import finite, parse_line, strict
 from ..files.writing import write_text
 from .spikes import Spikes
 
@@ -133,7 +132,7 @@ class RunLog:
         self.file = self.path.open("a", buffering=1)
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+        self.file.write(strict(finite(line)) + "\n")
 
     def close(self) -> None:
         if not self.active:
@@ -153,15 +152,6 @@ class RunLog:
         self.close()
 
 
-def _finite(value: Any) -> Any:
-    """A value of JSON with null for every number that JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _truncate(path: Path, resumed_at: int) -> list[dict[str, Any]]:
     """Drop lines of steps after the checkpoint that the run resumes from, and a line cut short by a crash.
 
@@ -170,14 +160,9 @@ def _truncate(path: Path, resumed_at: int) -> list[dict[str, Any]]:
     texts: list[str] = []
     lines: list[dict[str, Any]] = []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if not isinstance(line, dict):
-            continue
-        step = line.get("step", next((v.get("step", 0) for v in line.values() if isinstance(v, dict)), 0))
-        if step <= resumed_at:
+        line = parse_line(text) or {}
+        step = line.get("step", next((v.get("step") for v in line.values() if isinstance(v, dict)), None))
+        if isinstance(step, int) and step <= resumed_at:
             texts.append(text)
             lines.append(line)
     if path.exists():

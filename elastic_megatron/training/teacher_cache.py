@@ -9,7 +9,6 @@ So it does not depend on what the cache holds, and a run that is resumed goes on
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from ..checkpoint.source import Source
 from ..data.blend import hash_file
 from ..data.record_files import KEY_BYTES, Records, listing
 from ..errors import UserError
-from ..files.json_files import write_object
+from ..files.json_files import read_object, write_object
 from ..files.lock import locked, within
 from ..ops.chunked_kd import Projection
 from ..ops.parallel import zigzag, zigzag_order
@@ -168,8 +167,9 @@ class Lesson:
         if groups.tp.rank() == 0 and groups.cp.rank() == 0:
             parts = [part.cpu().numpy() for part in whole]
             for index, (key, row) in enumerate(zip(self.keys, self.rows, strict=True)):
-                if row is None:
-                    cache.write(key, [part[index] for part in parts])
+                said = [part[index] for part in parts]
+                if row is None and not any(np.isnan(part).any() for part in said):  # else it is asked again
+                    cache.write(key, said)
         return TopLogits.unpacked(*packed)
 
 
@@ -203,12 +203,8 @@ def _claim(folder: Path, header: dict[str, Any]) -> None:
         with locked(within(folder), "train", _PATIENCE_SECONDS):
             if not file.exists():  # else it is another run's, which was faster
                 write_object(file, header)
-    try:
-        found = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError):
-        raise UserError(
-            f"{file} is damaged; name another teacher.cache, or remove this folder: it can be made again"
-        ) from None
+    again = "name another teacher.cache, or remove this folder: it can be made again"
+    found = read_object(file, again, again)
     for name, value in header.items():
         if found.get(name) != value:
             raise UserError(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
 from elastic_megatron import cli
+from elastic_megatron.conversion.disk import write_errors
 from elastic_megatron.errors import AGAIN, BAD_INPUT, DIVERGED, DivergedError, RetryableError, UserError
 
 STATUS = {
@@ -43,6 +46,27 @@ def test_the_exit_status_tells_a_full_disk_from_a_wrong_path_and_both_from_a_def
         assert found == status, name
         assert ("Traceback" in said) == (status == 1), name
         assert status == 1 or (said.count("\n") == 1 and said.startswith("error: /some/file: ")), said
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_conversion_tells_them_apart_too_on_whichever_side_it_writes(tmp_path: Path, number: int) -> None:
+    """torch wraps the errors of its writers."""
+    inner = OSError(number, os.strerror(number), "/some/file")
+    status = AGAIN if number == errno.ENOSPC else BAD_INPUT
+    for error in (inner, CheckpointException("write", {0: _wrap_exception(inner)})):
+        said = rf"cannot be written \(/some/file: {inner.strerror}\)"
+        with pytest.raises(UserError, match=said) as told, write_errors(tmp_path):
+            raise error
+        assert told.value.status == status
+
+
+def test_what_a_command_prints_is_json_whatever_it_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = {"loss": float("nan"), "of": [1.5, float("inf"), {"x": "NaN"}]}
+    monkeypatch.setattr(cli, "_parse", lambda _: argparse.Namespace(handler=lambda _: told, json=True))
+    assert cli.main([]) == 0
+    assert capsys.readouterr().out == '{"loss": null, "of": [1.5, null, {"x": "NaN"}]}\n'
 
 
 def test_an_error_for_people_ends_with_its_own_status(

@@ -57,6 +57,11 @@ def blended(tmp_path: Path) -> list[tuple[float, str]]:
     ]
 
 
+def replaced_by_a_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
 def test_damaged_files_are_built_again_and_that_is_said(
     blended: list[tuple[float, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -65,13 +70,14 @@ def test_damaged_files_are_built_again_and_that_is_said(
     files = sorted(cache.rglob("*.npy"))
     whole = {file: file.read_bytes() for file in files}
     assert len(files) == 8
-    for file in files:
-        for damage in DAMAGE.values():
-            damage(file)
-            capsys.readouterr()
-            assert (rows(build(blended, cache), 50) == want).all()
-            assert str(file) in capsys.readouterr().err
-            assert {file: file.read_bytes() for file in sorted(cache.rglob("*.npy"))} == whole
+    # Megatron would wait for a reader of a pipe for ever
+    odd = [(file, replaced_by_a_pipe) for file in sorted(cache.rglob("*")) if file.is_file()]
+    for file, damage in [*((f, d) for f in files for d in DAMAGE.values()), *odd]:
+        damage(file)
+        capsys.readouterr()
+        assert (rows(build(blended, cache), 50) == want).all()
+        assert str(file) in capsys.readouterr().err
+        assert {file: file.read_bytes() for file in sorted(cache.rglob("*.npy"))} == whole
     assert not list(cache.rglob("ran")) and not list(cache.rglob(".*"))
 
 

@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zstandard import ZstdCompressor
 
 from elastic_megatron.data import documents, inputs, json_lines, unpack
 from elastic_megatron.data.documents import Tally, read_documents
@@ -26,8 +28,12 @@ TEXTS = [f"Sentence number {i}." for i in range(6)]
 ROWS = "".join(
     json.dumps({"id": i, "body": text, "text": text.upper()}) + "\n" for i, text in enumerate(TEXTS)
 )
+# as the program zstd writes it
+ZSTD = ZstdCompressor(write_checksum=True)
 PACK: dict[str, Callable[[bytes], bytes]] = {
     "": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
+    ".zst": lambda raw: ZSTD.compress(raw),
+    ".frames.zst": lambda raw: ZSTD.compress(raw[:40]) + ZSTD.compress(raw[40:]),
     ".members.gz": lambda raw: gzip.compress(raw[:40]) + gzip.compress(raw[40:]),
     ".streams.xz": lambda raw: lzma.compress(raw[:40]) + lzma.compress(raw[40:]),
 }  # fmt: skip
@@ -150,7 +156,7 @@ def test_pipes_are_read_once_and_nobody_is_waited_for(
     os.close(writer)
 
 
-def test_what_is_no_text_is_named(tmp_path: Path) -> None:
+def test_what_is_no_text_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Archives and binary formats, UTF-16, an archive within an archive; zstd where its package is missing."""
     contents = {first + b"\x00 and more": what for first, (what, _) in unpack._NO_TEXT.items()}
     contents |= {
@@ -158,8 +164,8 @@ def test_what_is_no_text_is_named(tmp_path: Path) -> None:
         gzip.compress(gzip.compress(b"text")): "gzip archive inside a gzip one",
         "\ufeffa text".encode("utf-16-le"): "UTF-16", gzip.compress(b"PAR1....."): "a Parquet file",
     }  # fmt: skip
-    if not unpack.zstd_is_there():
-        contents[b"\x28\xb5\x2f\xfd rest"] = "needs the package zstandard"
+    contents[b"\x28\xb5\x2f\xfd rest"] = "needs the package zstandard"
+    monkeypatch.setitem(sys.modules, "zstandard", None)
     for content, said in contents.items():
         (path := tmp_path / "rows.txt").write_bytes(content)
         with pytest.raises(UserError, match=f"rows.txt.*{said}"):

@@ -86,6 +86,17 @@ def test_two_jobs_share_a_run_folder_only_one_after_the_other(tmp_path: Path) ->
     assert findings(path) == []
 
 
+def test_two_exports_share_a_run_folder_only_one_after_the_other(tmp_path: Path) -> None:
+    """Each would find the other's lock; the record of what was exported is of both."""
+    path = write_chain(tmp_path)
+    (tmp_path / "again.yaml").write_text((tmp_path / "export.yaml").read_text().replace("out/", "out/again/"))
+    path.write_text(f"{path.read_text().rstrip()}\n  again: {{recipe: again.yaml, after: [train]}}\n")
+    (found,) = findings(path)
+    assert found.job == "again" and f"{tmp_path}/runs/export is that of job export too" in found.text
+    path.write_text(path.read_text().replace("again.yaml, after: [train]", "again.yaml, after: [train, export]"))
+    assert findings(path) == []
+
+
 def test_a_run_folder_of_another_kind_of_job_is_an_error(tmp_path: Path) -> None:
     path = write_chain(tmp_path, train=TRAIN.replace("run_dir: runs/train", "run_dir: runs/rank"))
     found = findings(path)

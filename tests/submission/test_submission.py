@@ -311,7 +311,8 @@ def test_a_damaged_record_is_named_and_does_nothing(site: Site, capsys: pytest.C
     file = site.folder / "run/chain.json"
     good, calls = json.loads(file.read_text()), len(site.calls("s"))
     whole = [{**good, "jobs": {"../out": good["jobs"]["one"]}}, {**good, "jobs": []}, []]
-    for damage in [*({**good, "jobs": {"one": good["jobs"]["one"] | d}} for d in DAMAGES), *whole]:
+    no_json = {**good, "packages": float("inf")}
+    for damage in [*({**good, "jobs": {"one": good["jobs"]["one"] | d}} for d in DAMAGES), *whole, no_json]:
         file.write_text(json.dumps(damage))
         for verb in ("status", "resume", "cancel"):
             assert main([verb, str(site.folder / "run")]) == 2, damage
