@@ -93,7 +93,9 @@ def test_two_exports_share_a_run_folder_only_one_after_the_other(tmp_path: Path)
     path.write_text(f"{path.read_text().rstrip()}\n  again: {{recipe: again.yaml, after: [train]}}\n")
     (found,) = findings(path)
     assert found.job == "again" and f"{tmp_path}/runs/export is that of job export too" in found.text
-    path.write_text(path.read_text().replace("again.yaml, after: [train]", "again.yaml, after: [train, export]"))
+    path.write_text(
+        path.read_text().replace("again.yaml, after: [train]", "again.yaml, after: [train, export]")
+    )
     assert findings(path) == []
 
 
