@@ -1,4 +1,4 @@
-"""Write the table "Parallelism" of README.md from the results of the parallel tests.
+"""Write the table of docs/parallelism.md from the results of the parallel tests.
 
 pytest tests/parallel --parallel-results docs/parallel_results.json
 python tools/parallel_table.py
@@ -17,8 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests" / "parallel")]
 
 from layouts import AXES, LAYOUTS, PROPERTIES, Axis, Layout  # noqa: E402
-from readme_block import README, read_json, replace_block, table  # noqa: E402
+from readme_block import read_json, replace_block, table  # noqa: E402
 
+PAGE = ROOT / "docs" / "parallelism.md"
 RESULTS = ROOT / "docs" / "parallel_results.json"
 COMMAND = "pytest tests/parallel --parallel-results docs/parallel_results.json"
 BLOCK = "parallelism-table"
@@ -30,12 +31,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path, nargs="?", default=RESULTS, help="file that the tests wrote")
-    parser.add_argument("--readme", type=Path, default=README, help="file to change (default: README.md)")
+    parser.add_argument(
+        "--page", type=Path, default=PAGE, help="file to change (default: docs/parallelism.md)"
+    )
     args = parser.parse_args()
     try:
         block = render(read_json(args.results, COMMAND))
-        text = replace_block(args.readme.read_text(encoding="utf-8"), BLOCK, block)
-        args.readme.write_text(text, encoding="utf-8")
+        text = replace_block(args.page.read_text(encoding="utf-8"), BLOCK, block)
+        args.page.write_text(text, encoding="utf-8")
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

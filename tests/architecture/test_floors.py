@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +80,15 @@ def imported(path: Path) -> Iterator[tuple[str, int, bool]]:
 def test_every_package_has_a_floor() -> None:
     known = {*MAY_IMPORT, *ROOF, "__init__"}
     assert {p.relative_to(ROOT).with_suffix("").parts[0] for p in FILES} <= known
+
+
+def test_contributing_names_every_floor_below_those_that_it_may_import() -> None:
+    page = (ROOT.parent / "CONTRIBUTING.md").read_text().split("## Floors")[1].split("\n## ")[0]
+    rows = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    height = {n.removesuffix(".py"): i for i, row in enumerate(rows) for n in re.findall(r"`([\w.]+)`", row)}
+    assert height.keys() == MAY_IMPORT.keys() | ROOF
+    upward = [(own, f) for own, below in MAY_IMPORT.items() for f in below if height[f] > height[own]]
+    assert not upward and all(height[f] == len(rows) - 1 for f in ROOF)
 
 
 def test_floors_are_acyclic() -> None:

@@ -1,4 +1,4 @@
-"""The README's table of parallelism is what the parallel tests proved, and the list of layouts means what it says."""
+"""The table of docs/parallelism.md is what the parallel tests proved, and the list of layouts means what it says."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ PASSED = {layout.name: {"training": True} for layout in LAYOUTS}
 
 def run_tool(results: Path, page: Path) -> int:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["parallel_table.py", str(results), "--readme", str(page)])
+        patch.setattr("sys.argv", ["parallel_table.py", str(results), "--page", str(page)])
         return TOOL["main"]()
 
 
-def test_the_readme_says_what_the_parallel_tests_proved() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.count(BEGIN) == readme.count(END) == 1
+def test_the_page_says_what_the_parallel_tests_proved() -> None:
+    page = (ROOT / "docs" / "parallelism.md").read_text(encoding="utf-8")
+    assert page.count(BEGIN) == page.count(END) == 1
     proven = json.loads((ROOT / "docs" / "parallel_results.json").read_text(encoding="utf-8"))
-    assert readme.split(f"{BEGIN}\n")[1].split(f"\n{END}")[0] == TOOL["render"](proven)
+    assert page.split(f"{BEGIN}\n")[1].split(f"\n{END}")[0] == TOOL["render"](proven)
 
 
 def test_the_tool_writes_a_row_for_each_axis_with_the_layouts_that_set_its_key(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The parallel layouts under which training, ranking and checkpoints are compared with one process.
 
-This list is also the source of the README's table "Parallelism": ``tools/parallel_table.py`` writes it.
+This list is also the source of the table of docs/parallelism.md: ``tools/parallel_table.py`` writes it.
 """
 
 from __future__ import annotations
