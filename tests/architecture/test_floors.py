@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2] / "elastic_megatron"
-FILES = sorted(p for p in ROOT.rglob("*.py"))
+FILES = sorted(ROOT.rglob("*.py"))
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 300, 60
 
 # floor -> the floors it may import; the console script, its commands and the quickstart are the roof
 LEAVES = {"errors", "files"}
@@ -53,28 +54,29 @@ def floor(path: Path) -> str:
     return "cli" if path.relative_to(ROOT).as_posix() in ENTRY_POINTS else parts[0]
 
 
-def imported(path: Path) -> Iterator[tuple[str, int, bool]]:
-    """(dotted module, line, whether only for type checking) of every import, ours made absolute."""
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@cache
+def imported(path: Path) -> list[tuple[str, int]]:
+    """(dotted module, line) of every import, ours made absolute."""
     package = ["elastic_megatron", *path.relative_to(ROOT).with_suffix("").parts[:-1]]
-    tree = ast.parse(path.read_text())
-    typing_only = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for statement in node.body
-        for inner in ast.walk(statement)
-    }
-    for node in ast.walk(tree):
-        skip = id(node) in typing_only
+    found: list[tuple[str, int]] = []
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno, skip) for alias in node.names)
+            found += [(alias.name, node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            if module == "elastic_megatron":
-                yield from ((f"{module}.{alias.name}", node.lineno, skip) for alias in node.names)
-            else:
-                yield module, node.lineno, skip
+            names = [f"{module}.{alias.name}" for alias in node.names]
+            found += [(n, node.lineno) for n in (names if module == "elastic_megatron" else [module])]
+    return found
 
 
 def test_every_package_has_a_floor() -> None:
@@ -99,21 +101,20 @@ def test_floors_are_acyclic() -> None:
         done |= ready
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_imports_go_downward(path: Path) -> None:
-    own = floor(path)
-    if own in ROOF or own == "__init__":
-        return
-    for module, line, _ in imported(path):
-        parts = module.split(".")
-        if parts[0] == "elastic_megatron" and len(parts) > 1 and parts[1] not in (own, "__version__"):
-            assert parts[1] in MAY_IMPORT[own], f"{path}:{line}: {own} imports {module}"
+def test_imports_go_downward() -> None:
+    def upward(path: Path) -> Iterator[str]:
+        own = floor(path)
+        for module, line in imported(path) if own in MAY_IMPORT else ():
+            package, _, rest = module.partition(".")
+            below = rest.partition(".")[0]
+            if package == "elastic_megatron" and below not in ("", own, "__version__", *MAY_IMPORT[own]):
+                yield f"{name_of(path)}:{line}: {own} imports {module}"
+
+    assert [found for path in FILES for found in upward(path)] == []
 
 
 def test_floors_without_torch_have_none() -> None:
     """At import, that is: cost formulas meet tensors but make none. In a fresh interpreter."""
-    import subprocess
-
     modules = ", ".join(f"elastic_megatron.{f}" for f in sorted(WITHOUT_TORCH))
     heavy = "{'torch', 'megatron', 'numpy', 'transformers'}"
     code = f"import sys, {modules}; sys.exit(' '.join({heavy} & set(sys.modules)) or 0)"
@@ -121,83 +122,71 @@ def test_floors_without_torch_have_none() -> None:
     assert out.returncode == 0, out.stderr
 
 
-def test_quantization_needs_torch_only() -> None:
-    """Its formats need not even that: a login node may ask how large a quantised model is."""
-    for path in FILES:
-        if floor(path) == "quantization":
-            names = {module.split(".")[0] for module, _, _ in imported(path)}
-            allowed = {"elastic_megatron", "torch"} - ({"torch"} if path.name == "formats.py" else set())
-            assert names <= allowed | set(sys.stdlib_module_names), path
+def test_low_floors_need_little() -> None:
+    """``space`` and ``files`` the standard library, ``quantization`` torch, and its formats not even that: a login node
+    may ask how large a quantised model is. ModelOpt takes seconds to import and patches what it meets: only training on
+    quantised leaves names it."""
+
+    def allowed(path: Path, top: str) -> bool:
+        own = floor(path)
+        if own in ("space", "files", "quantization"):
+            more = {"torch"} if own == "quantization" and path.name != "formats.py" else set()
+            return top in {"elastic_megatron"} | sys.stdlib_module_names | more
+        return top != "modelopt" or name_of(path) == "training/quantizers.py"
+
+    assert [
+        f"{name_of(path)}:{line}: {module}"
+        for path in FILES
+        for module, line in imported(path)
+        if not allowed(path, module.partition(".")[0])
+    ] == []
 
 
-def test_space_needs_the_standard_library_only() -> None:
-    for path in FILES:
-        if floor(path) == "space":
-            for module, line, _ in imported(path):
-                top = module.split(".")[0]
-                assert top == "elastic_megatron" or top in sys.stdlib_module_names, f"{path}:{line}: {module}"
+def docstring_of(node: ast.AST) -> ast.stmt | None:
+    documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    return node.body[0] if documented and ast.get_docstring(node) is not None else None
 
 
-def code_without_docstrings(path: Path) -> ast.Module:
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-            and ast.get_docstring(node) is not None
-        ):
-            node.body = node.body[1:]
-    return tree
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_cuda_is_named_in_runtime_only(path: Path) -> None:
+def test_cuda_is_named_in_runtime_only() -> None:
     """No ``torch.cuda``, no ``.cuda()``, no ``"cuda"`` device: devices come from tensors."""
-    if floor(path) == "runtime":
-        return
-    for node in ast.walk(code_without_docstrings(path)):
-        if isinstance(node, ast.Attribute):
-            assert node.attr != "cuda", f"{path}:{node.lineno}"
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            assert node.value != "cuda" and not node.value.startswith("cuda:"), f"{path}:{node.lineno}"
+
+    def named(path: Path) -> Iterator[str]:
+        prose = {id(d.value) for n in ast.walk(tree_of(path)) if isinstance(d := docstring_of(n), ast.Expr)}
+        for node in ast.walk(tree_of(path)):
+            text = node.value if isinstance(node, ast.Constant) and id(node) not in prose else ""
+            if (isinstance(node, ast.Attribute) and node.attr == "cuda") or (
+                isinstance(text, str) and text.partition(":")[0] == "cuda" and isinstance(node, ast.Constant)
+            ):
+                yield f"{name_of(path)}:{node.lineno}"
+
+    assert [found for path in FILES if floor(path) != "runtime" for found in named(path)] == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_modelopt_is_named_in_one_place(path: Path) -> None:
-    """It takes seconds to import and patches what it meets: only training on quantised leaves does."""
-    if path.relative_to(ROOT).as_posix() != "training/quantizers.py":
-        for module, line, _ in imported(path):
-            assert module.split(".")[0] != "modelopt", f"{path}:{line}"
+def test_files_and_functions_stay_short() -> None:
+    """300 lines a file, 60 a function without its docstring."""
+
+    def long(path: Path) -> Iterator[str]:
+        if (lines := path.read_text().count("\n")) > MOST_LINES:
+            yield f"{name_of(path)} has {lines} lines"
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if (first := docstring_of(node)) is not None:
+                    length -= (first.end_lineno or first.lineno) - first.lineno + 1
+                if length > MOST_LINES_OF_A_FUNCTION:
+                    yield f"{name_of(path)}:{node.name} has {length} lines"
+
+    assert [found for path in FILES for found in long(path)] == []
 
 
-LONG_FILES: dict[str, str] = {}
-LONG_FUNCTIONS: dict[str, str] = {}
+def test_nothing_is_left_to_do_and_only_the_roof_prints() -> None:
+    words = ("TODO", "FIXME", "XXX", "HACK", "breakpoint(", "pdb")
 
+    def left(path: Path) -> Iterator[str]:
+        yield from (f"{name_of(path)}: {word}" for word in words if word in path.read_text())
+        for node in ast.walk(tree_of(path)) if floor(path) not in ROOF else ():
+            called = node.func if isinstance(node, ast.Call) else None
+            if isinstance(called, ast.Name) and called.id == "print" and "stderr" not in ast.unparse(node):
+                yield f"{name_of(path)}:{node.lineno} prints to stdout"
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_files_and_functions_stay_short(path: Path) -> None:
-    """300 lines a file, 60 a function without its docstring; exceptions are listed above, with reasons."""
-    name, text = path.relative_to(ROOT).as_posix(), path.read_text()
-    assert name in LONG_FILES or text.count("\n") <= 300
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno is not None
-            length = node.end_lineno - node.lineno + 1
-            if ast.get_docstring(node) is not None:
-                first = node.body[0]
-                length -= (first.end_lineno or first.lineno) - first.lineno + 1
-            assert f"{name}:{node.name}" in LONG_FUNCTIONS or length <= 60, (
-                f"{name}:{node.name} has {length} lines"
-            )
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_nothing_is_left_to_do_and_only_the_roof_prints(path: Path) -> None:
-    text = path.read_text()
-    for word in ("TODO", "FIXME", "XXX", "HACK", "breakpoint(", "pdb"):
-        assert word not in text, word
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
-            assert floor(path) in ROOF or "stderr" in ast.unparse(node), (
-                f"{path}:{node.lineno} prints to stdout"
-            )
+    assert [found for path in FILES for found in left(path)] == []
