@@ -6,7 +6,7 @@ PY312 := $(shell (python3.12 -c 'import sys; print(sys.executable)' || ls -d $${
 PYTHON_ARG := $(if $(PY312),--python $(PY312))
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slurm faults bench bench-convert lint types check lock clean
+.PHONY: setup quickstart api test test-fast test-newest test-slurm faults bench bench-convert lint types check lock clean
 setup: .venv/.ok
 
 .tools/bin/uv:
@@ -21,7 +21,19 @@ quickstart: setup
 	$(BIN)/elastic-megatron quickstart
 
 test: setup
-	$(BIN)/pytest -q -n 2 --dist loadfile
+	@mkdir -p build
+	$(BIN)/pytest -q -n 2 --dist loadfile --durations 60 | tee build/durations.txt; exit $${PIPESTATUS[0]}
+
+# what a change of arithmetic needs, in minutes
+test-fast: setup
+	$(BIN)/pytest -q -n 2 --dist loadfile $(addprefix tests/,architecture space cost recipe ops blocks router quantization)
+
+# the tests whose truth is another library's, against the newest releases, in an environment of their own
+test-newest:
+	$(UV) venv --clear $(PYTHON_ARG) build/newest
+	VIRTUAL_ENV=build/newest $(UV) pip install --link-mode copy -e . pytest pytest-timeout hypothesis zstandard
+	VIRTUAL_ENV=build/newest $(UV) pip install --link-mode copy -U transformers nvidia-modelopt safetensors
+	build/newest/bin/python -m pytest -q tests/checkpoint tests/quantization tests/conversion
 
 # against a real Slurm on this machine, with time limits and lost nodes; its daemons: tests/slurm/install.sh
 test-slurm: setup
@@ -40,9 +52,14 @@ bench: setup
 bench-convert: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tools/benchmarks/convert.py --sweep
 
+# the pages of the public names, from their docstrings: build/api
+api: setup
+	$(BIN)/python tools/api_page.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
 types: setup
 	$(BIN)/pyright

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import torch
 
-from elastic_megatron import runtime
-from elastic_megatron.blocks import build_elastic_model, running
-from elastic_megatron.cost import account
-from elastic_megatron.ops import SubmodelMix
-from elastic_megatron.space import ElasticSpace, ParentShape, SubmodelSpec
+from elastic_megatron import (
+    ElasticSpace,
+    ParentShape,
+    SubmodelMix,
+    SubmodelSpec,
+    account,
+    build_elastic_model,
+    running,
+    runtime,
+)
 
 
 def main() -> None:

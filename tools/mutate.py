@@ -2,7 +2,7 @@
 
     python tools/mutate.py [WORD ...]      only mutations whose law, file or mistake contains a word
 
-Writes what it saw into the table of docs/LOG.md. Exits 1 if a mistake was not noticed. The package
+Writes what it saw into the table of docs/mutations.md. Exits 1 if a mistake was not noticed. The package
 itself is never touched: tests run against a copy that stands first on PYTHONPATH.
 """
 
@@ -22,7 +22,7 @@ from typing import NamedTuple
 from mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[1]
-LOG = ROOT / "docs" / "LOG.md"
+PAGE = ROOT / "docs" / "mutations.md"
 BEGIN, END = "<!-- mutations: written by tools/mutate.py -->", "<!-- end of mutations -->"
 SECONDS = 400
 
@@ -96,14 +96,14 @@ def row(m: Mutation, r: Result) -> str:
 
 def write_log(results: Sequence[tuple[Mutation, Result]]) -> None:
     """Replace the rows of these mutations; rows of mutations that no longer exist go."""
-    text = LOG.read_text()
+    text = PAGE.read_text()
     head, rest = text.split(BEGIN)
     old, tail = rest.split(END)
     rows = {line.split(" | ")[1]: line for line in old.splitlines() if line.startswith("| ")}
     rows |= {m.mistake: row(m, r) for m, r in results}
     kept = [rows[m.mistake] for m in MUTATIONS if m.mistake in rows]
     lines = ["| law | mistake | where | noticed by |", "|---|---|---|---|", *kept]
-    LOG.write_text("\n".join([f"{head}{BEGIN}", "", *lines, "", f"{END}{tail}"]))
+    PAGE.write_text("\n".join([f"{head}{BEGIN}", "", *lines, "", f"{END}{tail}"]))
 
 
 def main(words: Sequence[str]) -> int:

@@ -39,10 +39,12 @@ def check_cut(path: Path, manifest: Manifest, submodel: str | None, elastic: boo
 
 
 def is_hf(path: Path) -> bool:
+    """Is it a Hugging Face model directory?"""
     return path.is_dir() and (path / CONFIG).exists()
 
 
 def nowhere(path: Path) -> UserError:
+    """What to say of a path that is no model."""
     what = (
         "does not exist"
         if not path.exists()

@@ -103,6 +103,7 @@ class SafetensorsShards:
 
 
 def nbytes(entry: Entry) -> int:
+    """Bytes of a stored tensor."""
     return prod(entry.shape) * entry.dtype.itemsize
 
 

@@ -48,6 +48,7 @@ def parent_fields(parent: ParentShape) -> dict[str, Number]:
 
 
 def feeds_attention(parent: ParentShape, layer: int) -> bool:
+    """Is it a Mamba layer that an attention layer follows?"""
     pattern = parent.hybrid_layer_pattern
     return pattern[layer] == "M" and pattern[layer + 1 : layer + 2] == "*"
 

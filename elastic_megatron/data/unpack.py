@@ -61,6 +61,7 @@ def unpacked(path: Path, packing: str, packed: BinaryIO) -> io.RawIOBase:
 
 
 def zstd_is_there() -> bool:
+    """Is the optional package installed? Nothing is imported."""
     return importlib.util.find_spec("zstandard") is not None
 
 

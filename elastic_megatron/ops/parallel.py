@@ -27,6 +27,7 @@ def sum_over(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def group_size(group: dist.ProcessGroup | None) -> int:
+    """Ranks of a group; 1 where there is none."""
     return 1 if group is None else group.size()
 
 

@@ -64,6 +64,7 @@ def size(n_bytes: float) -> str:
 
 
 def loss(value: float) -> str:
+    """A loss in nats: three decimals."""
     return f"{value:.3f}"
 
 
@@ -97,4 +98,5 @@ def width(chosen: int | list[int]) -> str:
 
 
 def mean_width(chosen: int | list[int]) -> float:
+    """The width of an axis, the mean where layers differ."""
     return sum(chosen) / len(chosen) if isinstance(chosen, list) else float(chosen)

@@ -48,6 +48,8 @@ class Items:
 
 @dataclass(frozen=True)
 class Either:
+    """A value of one of several kinds."""
+
     kinds: tuple[Kind, ...]
 
     @property

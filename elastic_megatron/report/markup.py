@@ -23,6 +23,7 @@ class Palette:
 
 
 def escape(value: object) -> str:
+    """Text as HTML."""
     return html.escape(str(value))
 
 
@@ -41,6 +42,7 @@ def figure(title: str, note: str, *bodies: str, kind: str = "") -> str:
 
 
 def grid(*cards: str, kind: str = "pair") -> str:
+    """Cards side by side."""
     return f'<div class="grid {kind}">{"".join(cards)}</div>'
 
 
@@ -51,6 +53,7 @@ def swatch(colour: str, shape: int) -> str:
 
 
 def named(name: str, palette: Palette) -> str:
+    """A submodel's marker and name."""
     return f"{swatch(palette.colour(name), palette.shape(name))}{escape(name)}"
 
 

@@ -73,6 +73,7 @@ def _cells(name: str, m: Json, palette: Palette) -> dict[str, str]:
 
 
 def kl(value: float) -> str:
+    """A divergence in nats."""
     return f"{value:.4f}" if abs(value) >= 0.001 else say.significant(value)
 
 

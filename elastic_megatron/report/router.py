@@ -48,6 +48,7 @@ def certainty(probs: Sequence) -> float:
 
 
 def choice_labels(line: Json, axis: str, n: int) -> list[str]:
+    """The n widths of an axis in words, numbered where a line does not state them."""
     choices = (line.get("choices") or {}).get(axis)
     return [str(c) for c in choices] if choices and len(choices) == n else [f"#{i + 1}" for i in range(n)]
 

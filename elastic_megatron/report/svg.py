@@ -30,6 +30,7 @@ def element(tag: str, *children: str, **attributes: str | float | None) -> str:
 
 
 def text(content: str, x: float, y: float, **attributes: str | float | None) -> str:
+    """A `<text>` element."""
     return element("text", html.escape(content), x=float(x), y=float(y), **attributes)
 
 

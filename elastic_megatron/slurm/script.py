@@ -38,6 +38,7 @@ def log_dir(run_dir: Path, name: str) -> Path:
 
 
 def script_path(run_dir: Path, name: str) -> Path:
+    """Where the script of a job lies."""
     return job_dir(run_dir, name) / "job.sbatch"
 
 

@@ -78,6 +78,7 @@ def whole_numbers(values: Any, name: str, least: int, most: int) -> tuple[int, .
 
 
 def listed(values: Any, name: str) -> Sequence[Any]:
+    """A list that a file states. Raises ``UserError`` where it is none."""
     if not isinstance(values, list | tuple):
         raise UserError(f"{name} is {shown(values)}; it must be a list")
     return values
