@@ -22,6 +22,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .. import runtime
 from ..ops.mix import SlicedMix, SubmodelMix
@@ -193,6 +194,33 @@ def _routers(model: Any) -> dict[int, TopKRouter]:
     }
 
 
+@contextmanager
+def _without_storage() -> Iterator[None]:
+    """What is built inside holds the parameters of one module at a time: those before it will be bound, not read.
+
+    A module gives back the memory of its own when the next one registers a parameter, since it may fill them first.
+    """
+    held: list[tuple[nn.Module, nn.Parameter]] = []
+
+    def registered(module: nn.Module, _: str, parameter: nn.Parameter | None) -> None:
+        if held and held[0][0] is not module:
+            give_back()
+        if parameter is not None:
+            held.append((module, parameter))
+
+    def give_back() -> None:
+        for _, parameter in held:
+            parameter.data = parameter.data.new_empty(0)
+        held.clear()
+
+    hook = register_module_parameter_registration_hook(registered)
+    try:
+        yield
+    finally:
+        hook.remove()
+    give_back()
+
+
 def _build(whole: Any, space: ElasticSpace, spec: SubmodelSpec, stock: ModuleSpec) -> HybridModel:
     """An empty chunk of the submodel: the layers that it keeps of those of ``whole``.
 
@@ -209,7 +237,7 @@ def _build(whole: Any, space: ElasticSpace, spec: SubmodelSpec, stock: ModuleSpe
     config.perform_initialization = config.gradient_accumulation_fusion = False
     config.hidden_size = spec.get("hidden_size", config.hidden_size)
     stack = elastic_hybrid_stack_spec(space, with_mamba_sizes(stock, parent))
-    with torch.random.fork_rng(devices=[]):
+    with runtime.untouched_generators(), _without_storage():
         model = HybridModel(
             config,
             sliced_stack_spec(stack, [space.layer_sizes(spec, i) for i in kept], kept),

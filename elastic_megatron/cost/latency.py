@@ -69,7 +69,7 @@ class Grid:
             if len(values) == 1:
                 cells.append((0, 0.0))
                 continue
-            w = torch.as_tensor(w, dtype=like.dtype, device=like.device)
+            w = w.to(like) if hasattr(w, "detach") else like.new_full((), w)  # filled there, not copied
             grid = _constant(values, like.dtype, like.device)
             cell = torch.bucketize(w.detach(), grid[1:-1].contiguous(), right=True)
             low = grid[cell]

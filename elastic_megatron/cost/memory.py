@@ -66,5 +66,14 @@ def peak_buffer_bytes(model: ModelSizes, batch_size: int, sequence_length: int) 
             width = s["ffn_hidden_size"]
         if hasattr(g.weight, "dim"):
             width = (width * g.weight).max()  # a layer that is left out has no buffer
-        widest = width if width > widest else widest
+        widest = _larger(width, widest)
     return 2 * tokens * widest
+
+
+def _larger(a: Number, b: Number) -> Number:
+    """The larger of two, without a look at the device where either is a tensor."""
+    if not hasattr(a, "dim"):
+        a, b = b, a
+    if not hasattr(a, "dim"):
+        return max(a, b)
+    return a.maximum(b) if hasattr(b, "dim") else a.clamp_min(b)

@@ -62,7 +62,8 @@ def draw_several(key: Key, probs: Sequence[float], count: int) -> list[tuple[int
 
 def gumbel_noise(key: Key, like: Tensor) -> Tensor:
     """Standard Gumbel noise shaped, typed and placed like ``like``."""
-    return (-(-uniform(key, like.shape).log()).log()).to(like)
+    noise = -(-uniform(key, like.shape).log()).log()
+    return noise.to(like.device, like.dtype, non_blocking=True)  # to a GPU, or the host would wait for it
 
 
 def gumbel_softmax(logits: Tensor, noise: Tensor, tau: float, hard: bool) -> Tensor:

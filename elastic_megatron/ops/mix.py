@@ -51,6 +51,7 @@ class SubmodelMix:
         self.space = space
         self.probs = dict(probs)
         self.hard = hard
+        self._spec: SubmodelSpec | None = None  # where it is known without a look at the device
 
     @classmethod
     def one_hot(
@@ -69,7 +70,9 @@ class SubmodelMix:
                 probs[a] = torch.tensor(rows, device=device, dtype=dtype)
             else:
                 probs[a] = torch.tensor([float(c == width) for c in choices], device=device, dtype=dtype)
-        return cls(space, probs, hard=True)
+        mix = cls(space, probs, hard=True)
+        mix._spec = SubmodelSpec.of({a: spec[a] for a in space.axes})
+        return mix
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The probabilities in axis order: what activation recomputation takes as explicit arguments."""
@@ -116,12 +119,15 @@ class SubmodelMix:
         return self.mask("num_layers")[layer]
 
     def argmax(self) -> SubmodelSpec:
-        """The most probable submodel."""
+        """The most probable submodel: one look at the device for all axes, none where the mix was made of one."""
+        if self._spec is not None:
+            return self._spec
+        best = [p.argmax(-1).view(-1) for p in self.probs.values()]
+        rows = iter(torch.cat(best).tolist())
         widths: dict[str, int | list[int]] = {}
-        for a, p in self.probs.items():
-            choices = self.space.choices_of(a)
-            best = p.argmax(-1)
-            widths[a] = [choices[i] for i in best.tolist()] if p.dim() == 2 else choices[int(best)]
+        for (a, p), found in zip(self.probs.items(), best, strict=True):
+            chosen = [self.space.choices_of(a)[next(rows)] for _ in range(len(found))]
+            widths[a] = chosen if p.dim() == 2 else chosen[0]
         return SubmodelSpec.of(widths)
 
     def sizes(self) -> ModelSizes:
@@ -145,15 +151,25 @@ class SubmodelMix:
                     if axis_of(a).symbol == symbol:
                         values = _choice_values(self.space, a, self.probs[a].device, self.probs[a].dtype)
                         width = self.probs[a] @ values
-                        sizes[a] = width[chosen] if width.dim() else width
+                        sizes[a] = _picked(width, tuple(chosen)) if width.dim() else width
                 vector = any(hasattr(v, "dim") and v.dim() for v in sizes.values())
                 weight: Tensor | int = len(chosen)
                 if depth is not None:
-                    weight = depth[[members[j] for j in chosen]]
+                    weight = _picked(depth, tuple(members[j] for j in chosen))
                 elif vector:
                     weight = torch.ones(len(chosen), device=self.tensors()[0].device)
                 groups.append(LayerGroup(symbol, sizes, weight, feeds))
         return ModelSizes(parent, tuple(groups), hidden)
+
+
+def _picked(values: Tensor, positions: tuple[int, ...]) -> Tensor:
+    return values[_positions(positions, values.device)]
+
+
+@lru_cache(maxsize=256)
+def _positions(positions: tuple[int, ...], device: torch.device) -> Tensor:
+    """On the device once: a list that indexes would be copied there each time."""
+    return torch.tensor(positions, device=device)
 
 
 class SlicedMix(SubmodelMix):

@@ -190,6 +190,11 @@ class Parallel(Section):
     )
     context: Positive = Field(default=1, description="Context-parallel ranks.")
     world_size: Positive | None = Field(default=None, description="Ranks of the job; default: as launched.")
+    distributed_timeout_minutes: Positive = Field(
+        default=10,
+        description="Minutes that a rank waits in a collective before the job ends; longer than the slowest rank's "
+        "start, checkpoint or evaluation.",
+    )
     distributed_optimizer: Switch = Field(
         default=True, description="Shard the optimizer over the data-parallel ranks."
     )

@@ -8,9 +8,11 @@ runs on a laptop.  Importing it costs torch; Megatron is imported inside the fun
 from elastic_megatron.runtime.config import fused_experts, transformer_config_defaults
 from elastic_megatron.runtime.cpu import ADAPTATIONS, adapt
 from elastic_megatron.runtime.device import Layout, Runtime, adopt, groups, layout, on_gpus, start, stop
+from elastic_megatron.runtime.generators import untouched_generators
 from elastic_megatron.runtime.launch import die_with_parent
 from elastic_megatron.runtime.optimizer_layout import one_optimizer_layout
 from elastic_megatron.runtime.specs import hybrid_stack_spec
+from elastic_megatron.runtime.transfer import sent
 
 __all__ = [
     "ADAPTATIONS",
@@ -25,7 +27,9 @@ __all__ = [
     "layout",
     "on_gpus",
     "one_optimizer_layout",
+    "sent",
     "start",
     "stop",
     "transformer_config_defaults",
+    "untouched_generators",
 ]

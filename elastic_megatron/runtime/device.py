@@ -53,14 +53,14 @@ def start(
     context: int = 1,
     expert: int = 1,
     expert_tensor: int | None = None,
-    init_timeout_seconds: float = 600.0,
+    timeout_minutes: int = 10,
 ) -> Runtime:
     """Start (or keep) the process groups of Megatron-Core with these parallel sizes, and seed all generators.
 
     Rank and world size come from torchrun's environment (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``,
     ``MASTER_ADDR``, ``MASTER_PORT``); without it the process is a world of its own and opens no port.
-    ``init_timeout_seconds`` bounds the rendezvous and every later collective.  Calling it again with the
-    same sizes returns the same ``Runtime`` and seeds again; with other sizes, the model-parallel
+    ``timeout_minutes`` bounds the rendezvous and every later collective; the default is torch's of NCCL.  Calling
+    it again with the same sizes returns the same ``Runtime`` and seeds again; with other sizes, the model-parallel
     groups are made anew, which every rank must do together.
 
     Raises ``UserError`` if the sizes do not divide the world.
@@ -82,8 +82,8 @@ def start(
         # holds in every intra-op thread, set later only in this one.
         torch.set_flush_denormal(True)
         adapt()
-    runtime = _init_distributed(on_cuda, init_timeout_seconds)
-    _init_model_parallel(sizes, init_timeout_seconds)
+    runtime = _init_distributed(on_cuda, timeout_minutes)
+    _init_model_parallel(sizes, timeout_minutes)
     _running = (runtime, sizes)
     _seed(seed)
     return runtime
@@ -150,14 +150,14 @@ def _check(sizes: Layout, world: int) -> None:
         raise UserError("parallel: virtual_pipeline needs pipeline > 1; remove it or raise parallel.pipeline")
 
 
-def _init_distributed(on_cuda: bool, timeout: float) -> Runtime:
+def _init_distributed(on_cuda: bool, timeout: int) -> Runtime:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(device)
     backend = "nccl" if on_cuda else "gloo"
     if not torch.distributed.is_initialized():
-        arguments = {"backend": backend, "timeout": timedelta(seconds=timeout)}
+        arguments = {"backend": backend, "timeout": timedelta(minutes=timeout)}
         if on_cuda:
             arguments["device_id"] = device
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -180,7 +180,7 @@ def _need_rendezvous() -> None:
         )
 
 
-def _init_model_parallel(sizes: Layout, timeout: float) -> None:
+def _init_model_parallel(sizes: Layout, timeout: int) -> None:
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
@@ -192,7 +192,7 @@ def _init_model_parallel(sizes: Layout, timeout: float) -> None:
         context_parallel_size=sizes.context,
         expert_model_parallel_size=sizes.expert,
         expert_tensor_parallel_size=sizes.expert_tensor,
-        distributed_timeout_minutes=max(1, round(timeout / 60)),
+        distributed_timeout_minutes=timeout,
     )
 
 

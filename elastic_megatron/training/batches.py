@@ -120,7 +120,8 @@ def micro_batches(
         sample: the batch's first, counted within the step.
     """
     context, recipe = runtime.groups().cp, curriculum.recipe
-    local = {k: zigzag(batch[k], 1, context.rank(), context.size()).to(device) for k in blend.BATCH_KEYS}
+    own = {k: zigzag(batch[k], 1, context.rank(), context.size()) for k in blend.BATCH_KEYS}
+    local = runtime.sent(own, device)
     if place is None:
         return [MicroBatch(**local, step=0, budget=None, key=())]
     unit = curriculum.unit(place, sample)

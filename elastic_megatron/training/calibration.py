@@ -46,7 +46,7 @@ class CalibrationData:
             rows = range(start, min(start + self.settings.micro_batch_size, self.own.stop))
             tokens = torch.stack([self.samples[row]["tokens"] for row in rows])
             check_tokens(tokens, self.vocab_size)
-            yield {"tokens": tokens.to(self.device)}
+            yield runtime.sent({"tokens": tokens}, self.device)
 
 
 def shown[T](batches: Iterable[T], title: str, *, show: bool) -> Iterable[T]:

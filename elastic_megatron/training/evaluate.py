@@ -44,7 +44,7 @@ def token_losses(
     for length in sorted({len(w) for w in windows}, reverse=True):
         equal = [w for w in windows if len(w) == length]
         for batches in _batches(equal, batch_size, groups.dp.rank(), groups.dp.size()):
-            on_device = [{k: v.to(device) for k, v in batch.items()} for batch in batches]
+            on_device = [runtime.sent(batch, device) for batch in batches]
             for found in forward_only(pairs, on_device, consume):
                 sums[: len(found)] += found
     if groups.tp.rank():

@@ -45,7 +45,7 @@ def start(
         more = f" (and {len(problems) - 1} more; see `plan`)" if len(problems) > 1 else ""
         raise UserError(f"{world} rank{'s' * (world > 1)} of this layout cannot run: {problems[0]}{more}")
     sizes = {field.name: getattr(parallel, field.name) for field in fields(runtime.Layout)}
-    return runtime.start(seed=recipe.seed, **sizes)
+    return runtime.start(seed=recipe.seed, timeout_minutes=parallel.distributed_timeout_minutes, **sizes)
 
 
 def start_whole_stages(

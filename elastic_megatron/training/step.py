@@ -178,10 +178,11 @@ def reduced(
             sums[i] += output.get(name, 0.0)
     sums[len(LOGGED) :] = torch.tensor(flags)
     torch.distributed.all_reduce(sums)
-    tokens, *means = sums.tolist()[: len(LOGGED)]
+    found = sums.tolist()
+    tokens, *means = found[: len(LOGGED)]
     # without a token there is no mean
-    found = {n: v / tokens if tokens else math.nan for n, v in zip(LOGGED[1:], means, strict=True)}
-    return found, sums.tolist()[len(LOGGED) :]
+    per_token = {n: v / tokens if tokens else math.nan for n, v in zip(LOGGED[1:], means, strict=True)}
+    return per_token, found[len(LOGGED) :]
 
 
 def _running(model: Any, mix: SubmodelMix | None, batch: MicroBatch) -> AbstractContextManager[None]:

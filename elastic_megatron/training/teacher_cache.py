@@ -151,7 +151,8 @@ class Lesson:
             torch.from_numpy(np.ascontiguousarray(part).view(dtype).reshape(len(rows), *shape))
             for part, (dtype, shape) in zip(np.split(rows, ends[:-1], axis=1), shapes, strict=True)
         ]
-        return TopLogits.unpacked(*(zigzag(p, 1, context.rank(), context.size()).to(device) for p in parts))
+        own = {str(i): zigzag(part, 1, context.rank(), context.size()) for i, part in enumerate(parts)}
+        return TopLogits.unpacked(*runtime.sent(own, device).values())
 
     def noted(self, teacher: Projection) -> TopLogits:
         """What the teacher says now, as it is stored; one of the ranks that hear it stores what was not known.

@@ -139,6 +139,7 @@ LAYOUT: dict[str, Case] = {
     "parallel.virtual_pipeline": Case(run.layout, "parallel.virtual_pipeline=2", (*EIGHT, "parallel.pipeline=2")),
     "parallel.context": Case(run.layout, "parallel.context=2", EIGHT),
     "parallel.world_size": Case(run.layout, "parallel.world_size=2", EIGHT, refused=True),
+    "parallel.distributed_timeout_minutes": Case(run.layout, "parallel.distributed_timeout_minutes=45", EIGHT),
     "parallel.distributed_optimizer": Case(run.communication, "parallel.distributed_optimizer=false"),
     "parallel.overlap": Case(run.communication, "parallel.overlap=true"),
     "parallel.dispatcher": Case(run.model_config, "parallel.dispatcher=allgather"),

@@ -184,6 +184,13 @@ def multi_token_prediction() -> list[str]:
     return [n for n, p in model.named_parameters() if p.grad is None or not bool(p.grad.isfinite().all())]
 
 
+def patience() -> list[float]:
+    """Minutes that a collective may take, of the world's group and of one of Megatron's."""
+    runtime.start(timeout_minutes=7)
+    groups = (torch.distributed.group.WORLD, runtime.groups().tp)
+    return [g._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 60 for g in groups]  # type: ignore
+
+
 def start_twice() -> dict[str, Any]:
     first = runtime.start(seed=3)
     drawn = torch.rand(3).tolist()

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from elastic_megatron import runtime
 from elastic_megatron.errors import UserError
@@ -23,6 +24,29 @@ def test_other_sizes_make_other_groups(outcomes: Outcomes) -> None:
     assert pipeline == [1, 2, 1, 1, 1]
     assert expert == [1, 1, 2, 1, 2]
     assert context == [1, 1, 1, 2, 1]
+
+
+def test_every_group_waits_as_long_as_it_is_told(outcomes: Outcomes) -> None:
+    assert outcomes["patience"]["value"] == [7, 7]
+
+
+def test_batches_travel_to_a_gpu_while_the_host_goes_on() -> None:
+    """From pinned memory, or a copy that need not block would block all the same; on a CPU nothing is copied."""
+    found: list[Any] = []
+
+    class Batch:
+        def pin_memory(self) -> "Batch":
+            found.append("pinned")
+            return self
+
+        def to(self, device: torch.device, **how: Any) -> "Batch":
+            found.append((device.type, how))
+            return self
+
+    runtime.sent({"tokens": Batch()}, torch.device("cuda"))  # type: ignore[dict-item]
+    assert found == ["pinned", ("cuda", {"non_blocking": True})]
+    tokens = torch.ones(3)
+    assert runtime.sent({"tokens": tokens}, torch.device("cpu"))["tokens"] is tokens
 
 
 def test_two_runs_started_together_do_not_meet(outcomes: Outcomes) -> None:
