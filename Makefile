@@ -6,7 +6,7 @@ PY312 := $(shell (python3.12 -c 'import sys; print(sys.executable)' || ls -d $${
 PYTHON_ARG := $(if $(PY312),--python $(PY312))
 BIN := .venv/bin
 
-.PHONY: setup quickstart api test test-fast test-newest test-slurm faults bench bench-convert lint types check lock clean
+.PHONY: setup quickstart api engines test test-fast test-newest test-slurm faults bench bench-convert lint types check lock clean
 setup: .venv/.ok
 
 .tools/bin/uv:
@@ -24,6 +24,12 @@ test: setup
 	@mkdir -p build
 	$(BIN)/pytest -q -n 2 --dist loadfile --durations 60 | tee build/durations.txt; exit $${PIPESTATUS[0]}
 
+# mlx-lm on exported directories, in an environment of its own; docs/engines.md
+engines: setup
+	tests/engines/install.sh mlx
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/engines --engine-results docs/engine_results.json
+	$(BIN)/python tools/engines_table.py
+
 # what a change of arithmetic needs, in minutes
 test-fast: setup
 	$(BIN)/pytest -q -n 2 --dist loadfile $(addprefix tests/,architecture space cost recipe ops blocks router quantization)
@@ -31,8 +37,8 @@ test-fast: setup
 # the tests whose truth is another library's, against the newest releases, in an environment of their own
 test-newest:
 	$(UV) venv --clear $(PYTHON_ARG) build/newest
-	VIRTUAL_ENV=build/newest $(UV) pip install --link-mode copy -e . pytest pytest-timeout hypothesis zstandard
-	VIRTUAL_ENV=build/newest $(UV) pip install --link-mode copy -U transformers nvidia-modelopt safetensors
+	$(UV) pip install --python build/newest/bin/python --link-mode copy -e . pytest pytest-timeout hypothesis zstandard
+	$(UV) pip install --python build/newest/bin/python --link-mode copy -U transformers nvidia-modelopt safetensors
 	build/newest/bin/python -m pytest -q tests/checkpoint tests/quantization tests/conversion
 
 # against a real Slurm on this machine, with time limits and lost nodes; its daemons: tests/slurm/install.sh

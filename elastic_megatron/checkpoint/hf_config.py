@@ -115,7 +115,7 @@ def hf_config(
     if _PREDICTED in base:
         config[_PREDICTED] = 0
     config["architectures"] = config.get("architectures") or _COMPLETE["architectures"]
-    config = plain_numbers(config)
+    config = plain_numbers(config) | _for_every_engine(base, manifest.shape, shape)
     return config | _no_shared_experts(shape) | _own_layers(manifest, shape, layer_sizes or {})
 
 
@@ -131,6 +131,23 @@ def with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     name = str(dtype).removeprefix("torch.")
     spellings = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     return {**config, **dict.fromkeys(spellings, name)}
+
+
+def _for_every_engine(base: Mapping[str, Any], before: ParentShape, shape: ParentShape) -> dict[str, Any]:
+    """Fields that transformers does without and others do not (docs/engines.md)."""
+    pattern, out = shape.hybrid_layer_pattern, dict[str, Any]()
+    if "M" in pattern:
+        out["mamba_n_groups"] = (
+            shape.mamba_num_groups
+        )  # SGLang's model, whose default is 8; its caches read n_groups
+    if "E" in pattern:
+        # vLLM and SGLang multiply the shared experts' width by it, transformers and mlx-lm do not
+        out["n_shared_experts"] = int(shape.moe_shared_expert_intermediate_size > 0)
+    if "-" not in pattern:  # mlx-lm insists; released models without dense layers repeat the experts' width
+        stated = base.get("intermediate_size")
+        follows = stated in (None, before.moe_ffn_hidden_size)
+        out["intermediate_size"] = shape.moe_ffn_hidden_size if follows else stated
+    return out
 
 
 def _no_shared_experts(shape: ParentShape) -> dict[str, Any]:

@@ -117,6 +117,7 @@ def test_config_is_the_parents_with_only_the_sliced_fields_changed(tmp_path: Pat
     assert changed == {
         "hidden_size": 12, "n_routed_experts": 6, "moe_intermediate_size": 8, "mamba_num_heads": 6,
         "mamba_head_dim": 3, "num_attention_heads": 6, "num_hidden_layers": 6,
+        "mamba_n_groups": 2, "intermediate_size": 8,  # no dense layer is left: the experts' width
         "hybrid_override_pattern": "MEM*EM", "time_step_min": 1e-30, "architectures": ["NemotronHForCausalLM"],
         "time_step_limit": [0.0, 3.4028234663852886e38],  # JSON has no infinity
         "layers_block_type": [
