@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..space import ElasticSpace, ParentShape, SubmodelSpec, axis
+from ..space import ElasticSpace, ParentShape, SubmodelSpec, axis, not_part
 from .manifest import Manifest
 
 
@@ -40,6 +40,16 @@ def nested_manifest(manifest: Manifest, submodel: str) -> Manifest:
         submodels=family,
         budgets=tuple(b for b in manifest.budgets if b.name in family),
     )
+
+
+def left_out(manifest: Manifest, submodel: str) -> list[str]:
+    """A line for each size that is neither part of this one nor contains it, and stays behind when it is cut out."""
+    spec = manifest.submodel(submodel)
+    return [
+        f"{not_part(name, other, submodel, spec)}; it is not in what was cut out"
+        for name, other in manifest.submodels.items()
+        if not (other <= spec or spec <= other)
+    ]
 
 
 def _narrow(

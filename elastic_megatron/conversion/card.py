@@ -9,7 +9,7 @@ import torch
 from ..checkpoint.manifest import Manifest
 from ..cost import Cost, account, metric, sizes_of_parent, sizes_of_spec
 from ..quantization.formats import FP8, NVFP4, Format
-from ..space import Budget, ElasticSpace, ParentShape, SubmodelSpec
+from ..space import Budget, ElasticSpace, ParentShape, SubmodelSpec, apart
 
 CONTEXT = 8192
 FORMATS = {"bf16": "BF16", "fp8": "FP8", "nvfp4": "NVFP4"}
@@ -115,7 +115,9 @@ def _whole(shape: ParentShape) -> list[str]:
 def _family(manifest: Manifest, space: ElasticSpace, submodel: str | None) -> list[str]:
     shape = manifest.shape
     origin = f"`{submodel}`, itself a submodel of a larger family, and " if submodel is not None else ""
-    nested = f"{origin}{len(manifest.submodels)} nested size{'s' * (len(manifest.submodels) != 1)}"
+    loose = apart(manifest.submodels)
+    kind = "size" if loose else "nested size"
+    nested = f"{origin}{len(manifest.submodels)} {kind}{'s' * (len(manifest.submodels) != 1)}"
     rows = []
     for name, (_, spec) in _models(manifest, submodel, elastic=True).items():
         cost = account(space, spec, _context(shape))
@@ -126,6 +128,7 @@ def _family(manifest: Manifest, space: ElasticSpace, submodel: str | None) -> li
         "keep.",
         _table(["size", *_HEADINGS, "budget asked", "budget realised"], rows),
         _legend(shape),
+        *([f"Every size is part of the largest one. {'; '.join(loose)}."] if loose else []),
     ]
     if manifest.budgets:
         parts.append(

@@ -21,7 +21,7 @@ from ..checkpoint.hf_quantised import KEY, Quantised
 from ..checkpoint.hf_read import CONFIG, ELASTIC_CONFIG
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.named import check_cut
-from ..checkpoint.nested import nested_manifest
+from ..checkpoint.nested import left_out, nested_manifest
 from ..checkpoint.side_files import copy_side_files, side_files
 from ..checkpoint.stored import Entry, ModelTensor, StoredModel, stored_shapes
 from ..errors import UserError
@@ -118,7 +118,17 @@ def to_hf(
         bytes_read=read,
         bytes_written=sum(nbytes(e) for p in plans for e in p.entries.values()),
         verified=verify,
-        notes=[*source.notes, *(widened(source, models) if dtype is None else ()), *warnings],
+        notes=[
+            *source.notes,
+            *(
+                line
+                for r in requests
+                if r.elastic and r.submodel
+                for line in left_out(source.manifest, r.submodel)
+            ),
+            *(widened(source, models) if dtype is None else ()),
+            *warnings,
+        ],
     )
 
 

@@ -9,6 +9,7 @@ from elastic_megatron.report.format import finite
 from elastic_megatron.report.markup import Palette, bar, escape, figure, grid, named, section
 from elastic_megatron.report.quantized import Quantized
 from elastic_megatron.report.read import Json, RunData
+from elastic_megatron.space import SubmodelSpec, apart
 
 FORMATS = {"bf16": "BF16", "fp8": "FP8", "nvfp4": "NVFP4"}
 WIDEST_PAIR = 4
@@ -41,7 +42,9 @@ def summary(run: RunData) -> str:
         if parent.get("total_params")
         else "the parent"
     )
-    told = f"One training run turned {size} into {len(members)} nested sizes that share one checkpoint."
+    loose = _apart(run)
+    kind = "sizes" if loose else "nested sizes"
+    told = f"One training run turned {size} into {len(members)} {kind} that share one checkpoint."
     name, smallest = list(members.items())[-1]
     active, whole = smallest.get("active_params"), parent.get("active_params")
     if active and whole:
@@ -52,7 +55,13 @@ def summary(run: RunData) -> str:
             side = "above" if gap >= 0 else "below"
             told += f" and ends {abs(gap):.3f} {run.loss_unit} {side} the parent"
         told += "."
-    return told
+    return told + "".join(f" {line[0].upper()}{line[1:]}." for line in loose)
+
+
+def _apart(run: RunData) -> list[str]:
+    """Which sizes are not part of which, as far as the report states widths."""
+    known = {name: m["widths"] for name, m in run.submodels.items() if m.get("widths")}
+    return apart({name: SubmodelSpec.of(widths) for name, widths in known.items()})
 
 
 def _quantized_summary(found: Quantized) -> str:
@@ -86,7 +95,7 @@ def _headlines(run: RunData) -> list[tuple[str, str]]:
 
 
 def _nested_squares(run: RunData, palette: Palette) -> str:
-    """Squares whose areas are active parameters, one inside the other like the weights themselves."""
+    """Squares whose areas are active parameters, one inside the other; the summary says where weights are not."""
     members = [(name, m["active_params"]) for name, m in run.submodels.items() if m.get("active_params")]
     if not members:
         return ""
@@ -101,7 +110,7 @@ def _nested_squares(run: RunData, palette: Palette) -> str:
         squares.append(svg.element("rect", **shape, class_=f"nest {palette.colour(name)}", data_tip=tip))
         if length - inner >= 22 and length > 9 * len(name) + 16:
             names.append(svg.text(name, edge + length - 10, top + 18, class_="nest-name end"))
-    told = "Nested squares, area by active parameters: " + ", ".join(
+    told = "Squares by active parameters: " + ", ".join(
         f"{name} {say.count(active)}" for name, active in members
     )
     return svg.picture([*squares, *names], 248, 248, told, class_="nested")

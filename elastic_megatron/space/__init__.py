@@ -3,6 +3,7 @@
 from .axes import AXES, AXIS_NAMES, Axis, axis
 from .budget import Budget
 from .layouts import BLOCKS, Segment, TensorLayout, ends, tensors_of, whole_blocks
+from .nesting import apart, not_part
 from .parent import ParentShape
 from .space import ElasticSpace, stored_order, undeal
 from .stages import replicas_per_draw, stage_layers
@@ -19,8 +20,10 @@ __all__ = [
     "Segment",
     "SubmodelSpec",
     "TensorLayout",
+    "apart",
     "axis",
     "ends",
+    "not_part",
     "replicas_per_draw",
     "stage_layers",
     "stored_order",

@@ -46,14 +46,17 @@ class SubmodelSpec:
         return width[position] if isinstance(width, tuple) else width
 
     def __le__(self, other: SubmodelSpec) -> bool:
-        if set(self) != set(other):
-            return False
-        for axis in self:
+        return set(self) == set(other) and not self.wider_than(other)
+
+    def wider_than(self, other: SubmodelSpec) -> tuple[str, ...]:
+        """Axes of both on which this one keeps more, in some layer."""
+
+        def wider(axis: str) -> bool:
             mine, theirs = self[axis], other[axis]
             length = max(len(w) if isinstance(w, tuple) else 1 for w in (mine, theirs))
-            if any(self.at(axis, i) > other.at(axis, i) for i in range(length)):
-                return False
-        return True
+            return any(self.at(axis, i) > other.at(axis, i) for i in range(length))
+
+        return tuple(axis for axis in self if axis in other and wider(axis))
 
     @property
     def heterogeneous(self) -> tuple[str, ...]:

@@ -161,6 +161,17 @@ def test_a_family_inside_a_submodel_says_whose_it_is() -> None:
     _same([table["tiny"][h] for h in NUMBERS], account(SPACE, SUBMODELS["tiny"], 8192))
 
 
+def test_only_a_family_whose_sizes_are_part_of_each_other_is_called_nested() -> None:
+    assert "holds 4 nested sizes" in _card(FAMILY, elastic=True)
+    wide = SubmodelSpec.of(SUBMODELS["tiny"].to_dict() | {"num_moe_experts": 16})
+    card = _card(replace(FAMILY, submodels=SUBMODELS | {"tiny": wide}), elastic=True)
+    assert "holds 4 sizes." in card
+    assert (
+        "Every size is part of the largest one. tiny is not part of mid|dle: it has more (num_moe_experts 16, not 8)"
+        in card
+    )
+
+
 def test_slicing_is_shown_with_the_smallest_name() -> None:
     assert "    elastic-megatron slice DIR DST --submodel tiny\n" in _card(FAMILY, elastic=True)
     assert " slice " not in _card(replace(FAMILY, submodels={}), elastic=True)

@@ -19,8 +19,10 @@ from elastic_megatron.report import svg
 from elastic_megatron.report.cli import add_parser
 from elastic_megatron.report.console import family_table, router_table
 from elastic_megatron.report.curves import smooth
+from elastic_megatron.report.family import summary
 from elastic_megatron.report.ranking import arrange
 from elastic_megatron.report.ranking_plots import plot_ranking
+from elastic_megatron.report.read import RunData
 from elastic_megatron.report.router import certainty, mean_probabilities
 
 
@@ -171,3 +173,13 @@ def test_report_command(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFix
     args = parser.parse_args(["report", str(run_dir)])
     assert args.handler(args) is None
     assert f"wrote {run_dir / 'report.html'}" in capsys.readouterr().out
+
+
+def test_the_summary_calls_only_a_nested_family_nested() -> None:
+    sizes = {"medium": {"active_params": 5, "widths": {"num_moe_experts": 8}}}
+    for experts, words in ((4, "2 nested sizes"), (12, "2 sizes")):
+        small = {"active_params": 3, "widths": {"num_moe_experts": experts}}
+        told = summary(RunData("run", {"submodels": sizes | {"small": small}}))
+        assert f"into {words} that share one checkpoint" in told
+        line = "Small is not part of medium: it has more (num_moe_experts 12, not 8)."
+        assert (line in told) == (experts == 12)

@@ -13,13 +13,13 @@ from laws import PATTERN, subspace
 from torch import Tensor
 
 from elastic_megatron.checkpoint.manifest import Manifest
-from elastic_megatron.checkpoint.nested import nested_manifest
+from elastic_megatron.checkpoint.nested import left_out, nested_manifest
 from elastic_megatron.checkpoint.slice import permute_state, slice_state
 from elastic_megatron.checkpoint.stored import model_tensors
 from elastic_megatron.cost import account
 from elastic_megatron.errors import UserError
 from elastic_megatron.ops.locate import locate
-from elastic_megatron.space import ElasticSpace, ParentShape, SubmodelSpec
+from elastic_megatron.space import ElasticSpace, ParentShape, SubmodelSpec, apart
 
 State = dict[str, Tensor]
 SPACE = subspace()
@@ -179,3 +179,53 @@ def test_grouped_experts_are_renumbered_under_their_own_names() -> None:
     assert cut == [
         (f"decoder.layers.1.mlp.experts.linear_fc1.weight{new}", old) for new, old in enumerate((0, 1, 4, 5))
     ]
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 10_000))
+def test_a_family_is_nested_where_no_line_says_otherwise(seed: int) -> None:
+    """By definition: of two sizes one keeps, on every axis and layer, at most what the other keeps. A line for each pair
+    that is not so, and it is true: the size that it names first has more than the other, in each of the axes it names."""
+    rng = random.Random(seed)
+    family = {name: draw_spec(rng, SPACE, even=rng.random() < 0.5) for name in "abc"}
+
+    def keeps(spec: SubmodelSpec) -> list[int]:
+        return [
+            spec.at(a, i)
+            for a in SPACE.axes
+            for i in range(len(SPACE.layers(a)) if a in SPACE.per_layer else 1)
+        ]
+
+    def inside(x: str, y: str) -> bool:
+        return all(mine <= theirs for mine, theirs in zip(keeps(family[x]), keeps(family[y]), strict=True))
+
+    pairs = [(x, y) for x in "abc" for y in "abc" if x < y and not inside(x, y) and not inside(y, x)]
+    lines = apart(family)
+    assert [set(line.split(":")[0].split(" is not part of ")) for line in lines] == [
+        set(pair) for pair in pairs
+    ]
+    for line in lines:
+        first, outer = line.split(":")[0].split(" is not part of ")
+        named = {
+            part.split()[0]
+            for part in line.split("(")[1].rstrip(")").split(", ")
+            if "not" not in part.split()[0]
+        }
+        assert named == set(family[first].wider_than(family[outer]))
+
+
+def test_what_is_not_part_of_a_size_is_named_when_it_is_cut_out() -> None:
+    """And what contains it is not: it was not asked for."""
+    widths = {
+        "large": {},
+        "medium": {"num_moe_experts": 4},
+        "small": {"hidden_size": 20, "num_moe_experts": 6},
+    }
+    space = ElasticSpace.build(SPACE.parent, {"hidden_size": [20], "num_moe_experts": [4, 6]})
+    sizes = {name: SubmodelSpec.of(space.full().to_dict() | own) for name, own in widths.items()}
+    family = Manifest(shape=space.parent, space=space, submodels=sizes)
+    assert left_out(family, "large") == []
+    assert left_out(family, "medium") == [
+        "small is not part of medium: it has more (num_moe_experts 6, not 4); it is not in what was cut out"
+    ]
+    assert list(nested_manifest(family, "medium").submodels) == ["medium"]
