@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..preflight.work import utilizations
 from ..recipe.cluster import Cluster
 from ..report import format as say
 from .plan_format import empty_table, in_bytes
@@ -43,12 +45,14 @@ def _work_table(cluster: Cluster, jobs: dict[str, dict[str, Any]]) -> Table:
     if timed:
         assert cluster.card is not None
         table.caption += (
-            f"; GPU-h: hours of a GPU at {say.percent(cluster.utilization)} of {cluster.card.bf16_tflops:g} TFLOP/s "
-            f"(BF16, {_gpu(cluster)}); jobs: time limits that this takes"
+            f"; GPU-h: hours of a GPU at {_utilization(cluster)} of {cluster.card.bf16_tflops:g} TFLOP/s (BF16, "
+            f"{_gpu(cluster)}); jobs: time limits that this takes at most"
         )
     for name, job in jobs.items():
         time = (
-            [_hours(job["gpu_hours"]), _duration(job["hours"]), _number(job["slurm_jobs"])] if timed else []
+            [_range(job["gpu_hours"], _hours), _range(job["hours"], _duration), _number(job["slurm_jobs"])]
+            if timed
+            else []
         )
         numbers = [_number(job["ranks"]), _number(job["steps"]), _count(job["tokens"]), _count(job["flops"])]
         table.add_row(escape(name), *numbers, *time, in_bytes(job["disk_bytes"]))
@@ -85,15 +89,25 @@ def _count(value: float) -> str:
     return say.count(value) if value else ""
 
 
-def _hours(value: float | None) -> str:
-    if value is None:
-        return "?"
+def _utilization(cluster: Cluster) -> str:
+    least, most = utilizations(cluster)
+    if cluster.measured_step is not None:
+        return f"{say.percent(least)}, as measured,"
+    return (
+        say.percent(least) if least == most else f"{say.percent(most)} to {say.percent(least)}, as published,"
+    )
+
+
+def _range(values: Sequence[float] | None, shown: Callable[[float], str]) -> str:
+    """The fewest and the most, once where they read alike."""
+    return "?" if values is None else "\nto ".join(dict.fromkeys(map(shown, values)))
+
+
+def _hours(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else say.significant(value, 2) if value else ""
 
 
-def _duration(hours: float | None) -> str:
-    if hours is None:
-        return "?"
+def _duration(hours: float) -> str:
     if hours >= 48:
         return f"{hours / 24:.1f} days"
     return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min" if hours else ""

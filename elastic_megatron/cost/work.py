@@ -9,6 +9,12 @@ from ..space import ParentShape
 from .account import flops_per_token
 from .sizes import ModelSizes, sizes_of_parent
 
+# Shares of an H100's dense BF16 rate that published training of MoE models reached, by the operations counted here.
+# The slower: ModelOpt distilled Nemotron 3 Nano into 22B in about 9,000 hours for 100e9 tokens
+# (examples/pruning/minitron/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16/README.md). The faster: Megatron-Bridge pre-trains
+# GPT-OSS 120B in BF16 at 153 of 989 TFLOP/s (docs/performance-summary.md, container 25.11).
+PUBLISHED_UTILIZATION = (0.08, 0.155)
+
 
 @dataclass(frozen=True)
 class Fed:

@@ -7,8 +7,9 @@ from math import ceil
 
 from ..cost.draws import chances
 from ..cost.sizes import ModelSizes, sizes_of_spec
-from ..cost.work import Fed, forward_flops, gpu_hours, ranking_flops, training_flops
+from ..cost.work import PUBLISHED_UTILIZATION, Fed, forward_flops, gpu_hours, ranking_flops, training_flops
 from ..recipe import JobChain, PlannedJob, Recipe
+from ..recipe.cluster import Cluster
 from ..recipe.slurm import Links, Once
 from ..recipe.training import Stage
 from ..recipe.types import seconds
@@ -72,11 +73,23 @@ def _calibration(job: PlannedJob, family: Family) -> tuple[float, int]:
     return forward_flops(family.shape, fed), fed.tokens
 
 
-def job_gpu_hours(chain: JobChain, job: PlannedJob, family: Family) -> float | None:
-    """GPU-hours at ``cluster.utilization`` of the card's peak; ``None`` where no GPU is named."""
+def utilizations(cluster: Cluster) -> tuple[float, float]:
+    """The least and the largest share of a card's peak that its training may reach; one where the file knows it."""
+    if cluster.measured_step is not None and cluster.card is not None:
+        share = cluster.measured_step.tflops / cluster.card.bf16_tflops
+        return share, share
+    known = cluster.utilization
+    return PUBLISHED_UTILIZATION if known is None else (known, known)
+
+
+def job_gpu_hours(chain: JobChain, job: PlannedJob, family: Family) -> tuple[float, float] | None:
+    """Fewest and most GPU-hours, by ``utilizations``; ``None`` where no GPU is named."""
     card = chain.cluster.card
+    if card is None:
+        return None
     flops, _, _ = work(chain, job, family)
-    return None if card is None else gpu_hours(flops, card.bf16_tflops, chain.cluster.utilization)
+    least, most = utilizations(chain.cluster)
+    return gpu_hours(flops, card.bf16_tflops, most), gpu_hours(flops, card.bf16_tflops, least)
 
 
 def slurm_jobs(job: PlannedJob, gpu_hours: float) -> int:
@@ -88,11 +101,11 @@ def slurm_jobs(job: PlannedJob, gpu_hours: float) -> int:
 
 
 def time_problems(chain: JobChain, job: PlannedJob, family: Family) -> Iterator[Found]:
-    """A job that is over before its work is done, by the estimate."""
-    hours, continuation = job_gpu_hours(chain, job, family), job.recipe.slurm.continuation
-    if hours is None or (needed := slurm_jobs(job, hours)) == 1:
+    """A job that is over before its work is done, by the larger estimate."""
+    found, continuation = job_gpu_hours(chain, job, family), job.recipe.slurm.continuation
+    if found is None or (needed := slurm_jobs(job, found[1])) == 1:
         return
-    minutes = ceil(hours / job.ranks * 60)
+    minutes = ceil(found[1] / job.ranks * 60)
     estimate = f"an estimated {minutes} minutes of work take {needed} times slurm.time={job.time}"
     longer = f"set slurm.time={minutes // 60}:{minutes % 60:02}:00"
     if job.recipe.job != "train":

@@ -36,6 +36,19 @@ class OtherGpu(Section):
     bf16_tflops: PositiveFloat = Field(description="Peak dense BF16 rate, 1e12 operations a second.")
 
 
+class MeasuredStep(Section):
+    """An optimiser step that was timed on this cluster."""
+
+    flops: PositiveFloat = Field(description="Operations of the step: `flops / steps` of `plan --json`.")
+    gpus: Positive = Field(description="GPUs that it ran on.")
+    seconds: PositiveFloat = Field(description="How long it took: step_ms of metrics.jsonl / 1000.")
+
+    @property
+    def tflops(self) -> float:
+        """1e12 operations a second and GPU."""
+        return self.flops / self.gpus / self.seconds / 1e12
+
+
 def _gpu_kind(value: object) -> str:
     return "sizes" if isinstance(value, dict | OtherGpu) else "name"
 
@@ -157,8 +170,14 @@ class Cluster(Section):
         default=None,
         description="The GPU: a known name, or its sizes. Memory and time are estimated with it.",
     )
-    utilization: Annotated[PositiveFloat, Field(le=1)] = Field(
-        default=0.3, description="Share of the peak rate that training is assumed to reach in estimates."
+    utilization: Annotated[PositiveFloat, Field(le=1)] | None = Field(
+        default=None,
+        description="Share of the peak rate that training is assumed to reach in estimates of time; default: a range, "
+        "from what has been published of MoE models.",
+    )
+    measured_step: MeasuredStep | None = Field(
+        default=None,
+        description="A step that was timed here, in place of utilization: estimates are by its rate.",
     )
     container: ContainerChoice = Field(default=NoContainer(), description="What a task runs in.")
     environment: tuple[Variable, ...] = Field(
@@ -195,6 +214,19 @@ class Cluster(Section):
     def _problems(self) -> Iterator[Problem]:
         if self.gpu is not None and not self.gpus_per_node:
             yield Problem(("gpu",), "has no effect without gpus_per_node; set it to the GPUs of a node")
+        step, card = self.measured_step, self.card
+        if step is None:
+            return
+        if self.utilization is not None:
+            yield Problem(("utilization",), "says what measured_step says; keep one of them")
+        if card is None:
+            yield Problem(("measured_step",), "has no effect without gpu; name the GPU that it ran on")
+        elif step.tflops > card.bf16_tflops:
+            yield Problem(
+                ("measured_step",),
+                f"{step.flops:g} operations in {step.seconds:g} s on {step.gpus} GPUs are {step.tflops:.0f} TFLOP/s "
+                f"each, above their peak of {card.bf16_tflops:g}; correct one of the three",
+            )
 
     @property
     def card(self) -> Gpu | None:

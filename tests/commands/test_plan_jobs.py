@@ -7,6 +7,7 @@ import pytest
 from plan_calls import parse, planned, shape_of
 
 from elastic_megatron.cost import account
+from elastic_megatron.errors import UserError
 
 CLUSTER = """\
 gpus_per_node: 4
@@ -67,8 +68,8 @@ def test_jobs_of_a_chain_are_counted(chain: Path, small: Path) -> None:
     assert jobs["stage1"]["flops"] == 4 * one[64] * 65536, "3 of the student, 1 of the teacher"
     assert jobs["stage2"]["flops"] == 4 * one[128] * 65536
     for job in jobs.values():
-        assert job["gpu_hours"] == pytest.approx(job["flops"] / (0.5e12 * 0.5) / 3600)
-        assert job["hours"] == pytest.approx(job["gpu_hours"] / job["ranks"])
+        assert job["gpu_hours"] == pytest.approx([job["flops"] / (0.5e12 * 0.5) / 3600] * 2)
+        assert job["hours"] == pytest.approx([hours / job["ranks"] for hours in job["gpu_hours"]])
     weights = account(shape).total_params
     assert [job["checkpoint_bytes"] for job in jobs.values()] == [n * weights for n in (2, 14, 14, 4)]
     assert [job["disk_bytes"] for job in jobs.values()] == [n * weights for n in (2, 42, 42, 4)]
@@ -83,9 +84,30 @@ def test_recomputation_and_slow_gpus_take_longer(chain: Path) -> None:
     plain = planned(chain)["jobs"]["stage1"]
     slow = planned(chain, "stage1.parallel.recompute=full", "cluster.utilization=1e-6")["jobs"]["stage1"]
     assert slow["flops"] == plain["flops"] * 5 / 4
-    assert slow["gpu_hours"] == pytest.approx(plain["gpu_hours"] * 5 / 4 * 0.5e6)
+    assert slow["gpu_hours"] == pytest.approx([hours * 5 / 4 * 0.5e6 for hours in plain["gpu_hours"]])
     useful = 600 - 300  # seconds of a job before it is told to save
-    assert plain["slurm_jobs"] == 1 and slow["slurm_jobs"] == math.ceil(slow["hours"] * 3600 / useful)
+    assert plain["slurm_jobs"] == 1 and slow["slurm_jobs"] == math.ceil(slow["hours"][1] * 3600 / useful)
+
+
+def test_a_step_that_was_measured_says_how_long_all_of_them_take(chain: Path) -> None:
+    """Whatever the peak is said to be: a job of n such steps on as many GPUs takes n times as long."""
+    flops = planned(chain)["jobs"]["stage1"]["flops"] / 64
+    step = f"cluster.measured_step={{flops: {flops}, gpus: 8, seconds: 5}}"
+    for peak in (0.5, 100):
+        card = f"cluster.gpu={{name: toy, memory_gib: 10, bf16_tflops: {peak}}}"
+        job = planned(chain, step, card, "cluster.utilization=null")["jobs"]["stage1"]
+        assert job["steps"] == 64 and job["hours"] == pytest.approx([64 * 5 / 3600] * 2)
+    for wrong in ("cluster.utilization=0.5", "cluster.gpu=null", "cluster.gpu.bf16_tflops=1e-9"):
+        with pytest.raises(UserError, match="measured_step"):
+            planned(chain, step, "cluster.utilization=null", wrong)
+
+
+def test_hours_are_a_range_where_nobody_measured(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = parse(chain, "cluster.utilization=null")
+    fewest, most = planned(chain, "cluster.utilization=null")["jobs"]["stage1"]["gpu_hours"]
+    assert fewest / most == pytest.approx(0.08 / 0.155)
+    args.handler(args)
+    assert "as published" in " ".join(capsys.readouterr().out.split())
 
 
 def test_without_a_gpu_there_are_no_hours(chain: Path) -> None:

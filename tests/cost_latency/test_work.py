@@ -14,7 +14,14 @@ from layout_shapes import DENSE, NANO
 
 from elastic_megatron.cost import account
 from elastic_megatron.cost.draws import chances
-from elastic_megatron.cost.work import Fed, forward_flops, gpu_hours, ranking_flops, training_flops
+from elastic_megatron.cost.work import (
+    PUBLISHED_UTILIZATION,
+    Fed,
+    forward_flops,
+    gpu_hours,
+    ranking_flops,
+    training_flops,
+)
 from elastic_megatron.importance import depth
 
 
@@ -55,6 +62,16 @@ def test_chances_of_several_budgets_sum_to_their_number(
 def test_hours_are_of_one_gpu_at_a_share_of_its_peak() -> None:
     assert gpu_hours(3.6e15, 1.0, 1.0) == 1.0
     assert gpu_hours(3.6e15, 1.0, 0.25) == 4.0
+
+
+def test_the_longer_estimate_is_what_modelopt_reports_of_this_parent() -> None:
+    """Its README: 80e9 tokens at 8K and 20e9 at 32K into a student of 22B, about 9,000 H100-hours; 900 each 10e9."""
+    student = NANO.override(hidden_size=2304, num_moe_experts=104, moe_shared_expert_intermediate_size=3072)
+    fed = [Fed(round(tokens / n), n) for tokens, n in ((80e9, 8192), (20e9, 32768))]
+    flops = sum(training_flops([(1, student)], NANO, each) for each in fed)
+    least, most = PUBLISHED_UTILIZATION
+    assert gpu_hours(flops, 989, least) == pytest.approx(9000, rel=0.03)
+    assert gpu_hours(flops, 989, most) < 5000 and most == pytest.approx(153 / 989, abs=1e-3)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 7])

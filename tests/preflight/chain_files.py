@@ -21,6 +21,7 @@ SHAPE = ParentShape(
 CLUSTER = """
     gpus_per_node: 4
     gpu: {name: toy, memory_gib: 3, bf16_tflops: 1}
+    utilization: 0.3
     max_nodes: 8
     time: "4:00:00"
     max_time: "8:00:00"

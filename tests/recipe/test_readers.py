@@ -311,6 +311,7 @@ CONTAINERS = {
 }
 EXPORTING = ("jobs.first.recipe=export.yaml",)
 CARD = ("cluster.gpu={name: own, memory_gib: 0.01, bf16_tflops: 100}",)
+MEASURED = "cluster.measured_step={flops: 1e12, gpus: 1, seconds: 1}"
 CLUSTERS: dict[str, Case] = {
     "account": Case(job.scripts, "cluster.account=other", file="chain"),
     "partition": Case(job.scripts, "cluster.partition=other", file="chain"),
@@ -331,6 +332,9 @@ CLUSTERS: dict[str, Case] = {
     "gpu<OtherGpu>.memory_gib": Case(job.plans, "cluster.gpu.memory_gib=2", CARD, "chain"),
     "gpu<OtherGpu>.bf16_tflops": Case(job.plans, "cluster.gpu.bf16_tflops=200", CARD, "chain"),
     "utilization": Case(job.plans, "cluster.utilization=0.5", file="chain"),
+    "measured_step.flops": Case(job.plans, "cluster.measured_step.flops=2e12", (MEASURED,), file="chain"),
+    "measured_step.gpus": Case(job.plans, "cluster.measured_step.gpus=2", (MEASURED,), file="chain"),
+    "measured_step.seconds": Case(job.plans, "cluster.measured_step.seconds=2", (MEASURED,), file="chain"),
     "environment": Case(job.scripts, "cluster.environment=[TEAM, OTHER]", file="chain"),
     "setup": Case(job.scripts, "cluster.setup=[module load cuda]", file="chain"),
     "launcher": Case(job.scripts, "cluster.launcher=torchrun", file="chain"),
