@@ -176,9 +176,9 @@ def test_report_command(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_the_summary_calls_only_a_nested_family_nested() -> None:
-    sizes = {"medium": {"active_params": 5, "widths": {"num_moe_experts": 8}}}
+    sizes = {"medium": {"active_params": 5, "widths": {"hidden_size": 96, "num_moe_experts": 8}}}
     for experts, words in ((4, "2 nested sizes"), (12, "2 sizes")):
-        small = {"active_params": 3, "widths": {"num_moe_experts": experts}}
+        small = {"active_params": 3, "widths": {"hidden_size": 64, "num_moe_experts": experts}}
         told = summary(RunData("run", {"submodels": sizes | {"small": small}}))
         assert f"into {words} that share one checkpoint" in told
         line = "Small is not part of medium: it has more (num_moe_experts 12, not 8)."
