@@ -32,11 +32,11 @@ Of a quantised HF_DIR, and of a recipe with a section `quantize`, the size of th
 what stays as it is: with --json, `stored_format`, `left_alone` (layers by kind) and, of each size, `stored_bytes`;
 `unread` says why it could not be told.
 
-With --json, `jobs` holds per job: job, ranks, steps, tokens, flops, gpu_hours and hours (fewest and most;
-null unless the cluster file names a GPU), slurm_jobs (how often the time limit is reached at most),
-memory_per_rank, memory_limit (bytes of the GPU), checkpoint_bytes (one), disk_bytes (all that are there at a time) and
-problems of its layout. `serving` has a line for each expert width that engines cannot serve in NVFP4 on --serving-tensor ranks, where that is asked or it is quantised
-so."""
+With --json, `jobs` holds per job: job, ranks, steps, tokens, flops, gpu_hours and hours (fewest and most; null
+unless the cluster file names a GPU), slurm_jobs (how often the time limit is reached at most), memory_per_rank,
+memory_limit (bytes of the GPU), checkpoint_bytes (one), disk_bytes (all that are there at a time) and problems of
+its layout. `serving` has a line for each expert width that engines cannot serve in NVFP4 on --serving-tensor ranks,
+where that is asked or it is quantised so."""
 
 
 def add_parser(subparsers: Any) -> None:
