@@ -94,13 +94,15 @@ def _utilization(cluster: Cluster) -> str:
     if cluster.measured_step is not None:
         return f"{say.percent(least)}, as measured,"
     return (
-        say.percent(least) if least == most else f"{say.percent(most)} to {say.percent(least)}, as published,"
+        say.percent(least)
+        if least == most
+        else f"{say.percent(most)} (below: {say.percent(least)}), as published,"
     )
 
 
 def _range(values: Sequence[float] | None, shown: Callable[[float], str]) -> str:
-    """The fewest and the most, once where they read alike."""
-    return "?" if values is None else "\nto ".join(dict.fromkeys(map(shown, values)))
+    """The fewest, and below them the most; once where they read alike."""
+    return "?" if values is None else "\n".join(dict.fromkeys(map(shown, values)))
 
 
 def _hours(value: float) -> str:
