@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +25,9 @@ def add_parser(subparsers: Any) -> None:
         "train", help="train the recipe's stages; run it again to resume from the newest checkpoint"
     )
     add_recipe_arguments(parser)
+    parser.add_argument(
+        "--accept-missed-budgets", action="store_true", help="short for router.accept_missed_budgets=true"
+    )
     parser.set_defaults(handler=run)
 
 
@@ -29,7 +38,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from ..training.signals import exit_status, leaving_at_once
 
     with leaving_at_once():
-        recipe = load(args.recipe, args.overrides)
+        accepted = ["router.accept_missed_budgets=true"] if args.accept_missed_budgets else []
+        recipe = load(args.recipe, [*args.overrides, *accepted])
         check_train(recipe)
         from ..training.train import train
 
@@ -38,12 +48,40 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         raise SystemExit(exit_status(outcome.interrupted))
     if not outcome.main:
         return None
+    if not args.json:
+        show_router(recipe.run_dir)
+        show_quantized(recipe.run_dir)
+    check_budgets(recipe, outcome.checkpoint)
     if args.json:
         return {"checkpoint": str(outcome.checkpoint), "step": outcome.step}
-    show_router(recipe.run_dir)
-    show_quantized(recipe.run_dir)
     print(f"trained {outcome.step} steps; checkpoint in {outcome.checkpoint}")
     return None
+
+
+def check_budgets(recipe: Recipe, checkpoint: Path) -> None:
+    """Say which sizes miss their budgets, when the last stage has ended.
+
+    Raises ``UserError`` where one misses it by more than ``router.missed.REFUSED``, unless the recipe accepts that.
+    """
+    from ..checkpoint import tracker
+    from ..checkpoint.manifest import FILE, Manifest
+    from ..router import missed
+
+    if recipe.router_frozen or not recipe.budgets or recipe.last_step < sum(s.steps for s in recipe.stages):
+        return
+    manifest = Manifest.read(tracker.resolve(checkpoint) / FILE)
+    assert manifest.space is not None
+    found = missed(manifest.space, manifest.budgets, manifest.submodels)
+    refused = [size for size in found if size.refused and not recipe.router.accept_missed_budgets]
+    for size in found:
+        if size not in refused:
+            print(f"warning: {size}", file=sys.stderr)
+    if refused:
+        raise UserError(
+            f"{'; '.join(map(str, refused))}; the checkpoint {checkpoint} is whole: accept it with "
+            "router.accept_missed_budgets=true, or train a new run with more tokens, a greater router.lr or "
+            "router.loss_weight, or other space.choices"
+        )
 
 
 def show_quantized(run_dir: Path) -> None:

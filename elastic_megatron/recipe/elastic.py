@@ -163,3 +163,7 @@ class Router(Section):
         description="The full budget (ratio 1) always runs the whole parent instead of a sample.",
     )
     init_std: PositiveFloat = Field(default=0.1, description="Standard deviation of the initial weights.")
+    accept_missed_budgets: Switch = Field(
+        default=False,
+        description="true: a size that costs 5 % more or less than its budget when training ends is no error.",
+    )

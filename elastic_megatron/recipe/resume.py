@@ -20,6 +20,7 @@ MAY_CHANGE: Mapping[str, str] = {
     "stages[].micro_batch_size": "another cut of the same batches; with samples_per_draw given, or without budgets",
     "stages[].execution": "the same numbers in another time",
     "stop_after": "this job ends after another stage; the schedules stay",
+    "router.accept_missed_budgets": "how the run ends where a size costs more or less than its budget",
     "teacher.cache_only": "the teacher is held in memory, or not",
     "loss.chunk": "the same loss in another memory",
     "loss.recompute": "the same loss in another memory",

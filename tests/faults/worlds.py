@@ -47,7 +47,7 @@ RECIPES = {
     "rank": ("ckpt", "name: rank\nrank: {{samples: 4, seq_length: 32, micro_batch_size: 2}}\n"),
     "train": (
         "rank",
-        "name: family\nrouter: {{inner_size: 16, sampling: hard}}\noptimizer: {{lr: 5e-3, warmup_steps: 1}}\n"
+        "name: family\nrouter: {{inner_size: 16, sampling: hard, accept_missed_budgets: true}}\noptimizer: {{lr: 5e-3, warmup_steps: 1}}\n"
         "checkpoint: {{interval: 2, keep_last: 2}}\nstages:\n"
         "  - {{name: a, tokens: 384, seq_length: 32, global_batch_size: 4, micro_batch_size: 2}}\n"
         "  - {{name: b, tokens: 256, seq_length: 64, global_batch_size: 2, micro_batch_size: 2}}\n" + _BUDGETS,

@@ -24,10 +24,11 @@ from torch import nn
 
 from elastic_megatron import conversion, runtime
 from elastic_megatron.blocks import build_model, model
-from elastic_megatron.checkpoint import distributed
+from elastic_megatron.checkpoint import distributed, manifest, tracker
 from elastic_megatron.checkpoint import source as checkpoint_source
 from elastic_megatron.checkpoint.resolve import budgets, elastic_space, parent_manifest
 from elastic_megatron.commands import export_recipe
+from elastic_megatron.commands import train as train_command
 from elastic_megatron.errors import UserError
 from elastic_megatron.ops import chunked_kd
 from elastic_megatron.ops.mix import SubmodelMix
@@ -366,6 +367,21 @@ def quantising(recipe: Recipe) -> Any:
     ), pytest.raises(Stop) as caught:  # fmt: skip
         quantize.quantize(recipe)
     return caught.value.seen, seen  # type: ignore[misc]
+
+
+def missed_budgets(recipe: Recipe) -> Any:
+    """How training ends where every size is the whole model."""
+    space = space_of(recipe)
+    sizes = {budget.name: space.full() for budget in budgets(recipe)}
+    found = SimpleNamespace(space=space, budgets=budgets(recipe), submodels=sizes)
+    with patched(
+        Manifest=(manifest, SimpleNamespace(read=lambda _: found)), resolve=(tracker, lambda path: path)
+    ):
+        try:
+            train_command.check_budgets(recipe, Path("checkpoint"))
+        except UserError as error:
+            return [str(error)]
+    return []
 
 
 def trained_router(recipe: Recipe) -> Any:

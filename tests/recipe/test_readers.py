@@ -214,6 +214,7 @@ ROUTER: dict[str, Case] = {
     "router.identity_weight": Case(run.losses, "router.identity_weight=1", ("router.pin_full=false",)),
     "router.pin_full": Case(run.losses, "router.pin_full=false"),
     "router.frozen": Case(run.trained_router, "router.frozen=true"),
+    "router.accept_missed_budgets": Case(run.missed_budgets, "router.accept_missed_budgets=true"),
     "router.lr": Case(run.optimizer, "router.lr=0.1"),
     "loss.kind": Case(run.losses, "loss.kind=reverse_kl"),
     "loss.temperature": Case(run.losses, "loss.temperature=2"),
