@@ -1,0 +1,1 @@
+"""What ``tools/gpu_check.py`` checks on a GPU, a step in each process, and how that is reported."""
