@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -36,6 +37,14 @@ def test_kernels_compute_what_the_scan_in_torch_does() -> None:
     are cut out give what they gave beside the others."""
     found = errors("scans", "norms", "cut")
     assert all(found.values()) and max(max(part.values()) for part in found.values()) < LIMIT, found
+
+
+def test_the_benchmark_of_launches_counts_the_kernels_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(HERE.parents[1] / "tools/benchmarks"))
+    ran = errors("launches")["launches"]
+    norms = sum(n for name, n in ran.items() if "norm" in name)
+    assert sum(ran.values()) - norms == sum(importlib.import_module("paper_kernels").SCAN), ran
+    assert norms == 2, ran  # and torch's sum over what blocks found of the weight's gradient
 
 
 @pytest.mark.slow
