@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ sys.path.insert(0, str(TOOLS))
 
 import gpu_check  # noqa: E402
 from gpu.bench import Bench, Skipped, Step  # noqa: E402
+from gpu.eight import RUNS  # noqa: E402
 from gpu.steps import STEPS  # noqa: E402
 
 IN_ORDER = ["environment", "router", "mamba", "layers", "training", "speed", "quantized", "checkpoints", "ranking"]  # fmt: skip
@@ -131,3 +133,34 @@ def test_a_rehearsal_runs_every_step_and_claims_no_gpu(tmp_path: Path) -> None:
         assert any("value" in finding for finding in step["findings"]), step
     # told of every step, and never as passed
     assert done.stdout.count("\n    rehearsed with ") == len(IN_ORDER) and "\npass" not in done.stdout
+
+
+EIGHT = TOOLS / "gpu_check_8.sh"
+
+
+def test_the_shell_of_eight_gpus_parses_and_names_runs_that_exist() -> None:
+    """Bash reads the whole script; each run that it trains has a recipe in ``gpu.eight``."""
+    subprocess.run(["bash", "-n", str(EIGHT)], check=True, timeout=30)
+    steps = [line.split() for line in EIGHT.read_text().splitlines() if line.startswith("step ")]
+    trained = {s[4] for s in steps if s[3] in ("alone", "again")}
+    assert trained == set(RUNS)
+
+
+def test_eight_gpus_without_a_gpu_are_refused(tmp_path: Path) -> None:
+    bash, empty = shutil.which("bash"), {"PATH": str(tmp_path)}
+    assert bash is not None
+    done = subprocess.run(
+        [bash, str(EIGHT), str(tmp_path)], env=empty, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 2 and "--rehearse" in done.stderr
+
+
+@pytest.mark.slow
+def test_eight_gpus_are_rehearsed_by_two_ranks(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [str(EIGHT), str(tmp_path), "--rehearse"], capture_output=True, text=True, timeout=1500,
+        env={**os.environ, "PYTHON": sys.executable},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(found) == 10 and {step["outcome"] for step in found} == {"rehearsed"}

@@ -161,12 +161,15 @@ def corpus(bench: Bench) -> Path:
     return made / "text"
 
 
-def parent(bench: Bench, pattern: str = "MEM*") -> Path:
-    """A checkpoint with random weights: few experts, a vocabulary of bytes, and a family of three sizes."""
+def parent(bench: Bench, shape: ParentShape | None = None) -> Path:
+    """A checkpoint with random weights and a family of three sizes, made once.
+
+    ``shape`` is ``saved_shape`` unless given.
+    """
     root = bench.scratch / "parent"
     if tracker.newest(root) is None:
         sizes, device = scale(bench), runtime.start(seed=3).device
-        shape = saved_shape(bench, pattern)
+        shape = shape or saved_shape(bench)
         model = loud(build_model(shape, dtype=sizes.torch_dtype).to(device))
         space = ElasticSpace.build(shape, **sizes.section(shape))
         axes = [a for a in space.axes if a != "mamba_num_heads"]
@@ -179,10 +182,11 @@ def parent(bench: Bench, pattern: str = "MEM*") -> Path:
     return root
 
 
-def saved_shape(bench: Bench, pattern: str = "MEM*") -> ParentShape:
+def saved_shape(bench: Bench) -> ParentShape:
+    """A layer of each kind but the MLP, with few experts and a vocabulary of bytes."""
     sizes = scale(bench)
     return sizes.parent.override(
-        hybrid_layer_pattern=pattern, vocab_size=VOCABULARY, num_moe_experts=sizes.experts
+        hybrid_layer_pattern="MEM*", vocab_size=VOCABULARY, num_moe_experts=sizes.experts
     )
 
 
