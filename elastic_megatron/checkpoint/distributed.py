@@ -229,7 +229,7 @@ def load(path: Path, chunks: Sequence[nn.Module], *, optimizer: Any = None) -> d
 def _write_shards(write: Callable[..., None], folder: Path, owner: int | None, *arguments: Any) -> None:
     """Megatron's writer of one rank, then the digests of what it wrote; in a fork of process ``owner``, if any."""
     if owner is not None:
-        runtime.die_with_parent()
+        runtime.begin_fork()
         if os.getppid() != owner:  # it died before this process could ask to be told
             return
     write(*arguments)

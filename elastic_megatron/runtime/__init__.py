@@ -9,7 +9,7 @@ from elastic_megatron.runtime.config import fused_experts, transformer_config_de
 from elastic_megatron.runtime.cpu import ADAPTATIONS, adapt
 from elastic_megatron.runtime.device import Layout, Runtime, adopt, groups, layout, on_gpus, start, stop
 from elastic_megatron.runtime.generators import untouched_generators
-from elastic_megatron.runtime.launch import die_with_parent
+from elastic_megatron.runtime.launch import begin_fork, die_with_parent
 from elastic_megatron.runtime.optimizer_layout import one_optimizer_layout
 from elastic_megatron.runtime.specs import hybrid_stack_spec
 from elastic_megatron.runtime.transfer import sent
@@ -20,6 +20,7 @@ __all__ = [
     "Runtime",
     "adapt",
     "adopt",
+    "begin_fork",
     "die_with_parent",
     "fused_experts",
     "groups",

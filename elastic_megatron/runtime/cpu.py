@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from elastic_megatron.runtime.launch import die_with_parent
+from elastic_megatron.runtime.launch import begin_fork
 from elastic_megatron.runtime.standins import Event, Stream, cpu_rng_tracker, sharded_gated_norm
 
 logger = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ def checkpoint_queue_by_fork() -> None:
     def queue(mp_mode: str = "fork") -> Any:
         if module._results_queue is None:
             manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-            manager.start(initializer=die_with_parent)
+            manager.start(initializer=begin_fork)
             module._results_queue = manager.Queue()
         return module._results_queue
 

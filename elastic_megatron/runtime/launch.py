@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import subprocess
@@ -75,3 +76,13 @@ def die_with_parent() -> None:
     PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def begin_fork() -> None:
+    """What a fork of a rank does first: it dies with the rank, and never collects what it inherited.
+
+    Garbage of the rank may hold process groups. gloo's wait for their threads when they are destroyed, and a fork has
+    none of these: it would hang or crash whenever Python happens to collect.
+    """
+    die_with_parent()
+    gc.freeze()

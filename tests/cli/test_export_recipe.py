@@ -196,7 +196,7 @@ def test_a_damaged_record_is_told(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/exports.json").write_text("{")
     [line] = refused("export", recipe)
-    assert line.startswith(f"{tmp_path / 'run/exports.json'} is damaged (")
+    assert line.startswith(f"{tmp_path / 'run/exports.json'} is no valid JSON (")
 
 
 def test_a_checkpoint_takes_one_directory(story: Story, tmp_path: Path) -> None:
