@@ -46,8 +46,11 @@ def router(bench: Bench) -> None:
     for what, weight in (("dense weight", cut.contiguous()), ("weight of the submodel", kept.detach())):
         for name, error in _errors(_gated(x, weight, gradient, gate), truth):
             bench.at_most(f"{what}, {name}", error, LIMITS[dtype])
-    worst = max(error for _, error in _errors(_gated(x, cut, gradient, gate), truth))
-    bench.number("strided view, worst (large: the kernel ignores strides)", worst)
+    strided = "strided view, worst (large: the kernel ignores strides)"
+    try:
+        bench.number(strided, max(error for _, error in _errors(_gated(x, cut, gradient, gate), truth)))
+    except (AssertionError, RuntimeError, ValueError) as refused:
+        bench.says(strided, f"refused: {refused}")
 
 
 def _gated(x: Tensor, weight: Tensor, gradient: Tensor, gate: Callable[[Tensor, Tensor], Tensor]) -> Tensors:
