@@ -49,9 +49,10 @@ test-slurm: setup
 faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/run.py
 
-# ratios of steps, of the distillation loss and of the importance pass: under 20 minutes; tools/benchmarks/README.md
+# kernels and bytes of a step at true shapes, counted; ratios of steps, of the distillation loss and of the importance
+# pass: under 20 minutes; tools/benchmarks/README.md
 bench: setup
-	@status=0; for b in steps distillation ranking; do \
+	@status=0; for b in launches steps distillation ranking; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python tools/benchmarks/$$b.py || status=1; done; exit $$status
 
 # conversions beside cp, also at several sizes: 40 minutes on an idle machine
