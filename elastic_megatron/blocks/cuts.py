@@ -33,6 +33,13 @@ class Cut:
             whole = whole.narrow(dim, 0, kept) if isinstance(kept, int) else whole.index_select(dim, kept)
         return whole.contiguous() if self.dense else whole
 
+    def empty(self, whole: Tensor) -> Tensor:
+        """As ``of`` in type and shape, without the memory."""
+        shape = list(whole.shape)
+        for dim, kept in self.dims:
+            shape[dim] = kept if isinstance(kept, int) else len(kept)
+        return whole.new_empty(1).expand(shape)
+
     def add(self, part: Tensor, whole: Tensor) -> None:
         """Add ``part`` to where it lies in ``whole``."""
         scattered = [(dim, kept) for dim, kept in self.dims if not isinstance(kept, int)]

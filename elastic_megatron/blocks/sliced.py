@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -32,6 +32,7 @@ from .specs import elastic_hybrid_stack_spec, sliced_stack_spec, with_mamba_size
 from .stack import elastic_stack
 
 Landed = Callable[[nn.Parameter], None]
+Arrived = Callable[[Tensor], None]
 _KEPT = 16  # submodels; a hard router draws few, once its temperature has fallen
 
 
@@ -42,6 +43,8 @@ class SlicedModel:
         model: a bare chunk of an elastic ``HybridModel``, on its device and filled.
         stock: the stack spec it was made elastic from.
         landed: called with a parameter of ``model`` after a backward pass added to its gradient.
+        arrived: called with a tensor of ``model`` before it is read, to return when it is there. A submodel's modules
+            are then bound one by one, each as it is first called.
         alike: called with every new module that holds a weight and with the one of ``model`` that it is cut from, to
             change the first as the second was changed.
     """
@@ -52,10 +55,11 @@ class SlicedModel:
         stock: ModuleSpec | None = None,
         landed: Landed | None = None,
         alike: Alike | None = None,
+        arrived: Arrived | None = None,
     ) -> None:
         self.model, self.space = model, elastic_stack(model).space
         self._stock = stock or runtime.hybrid_stack_spec()
-        self._landed, self._alike = landed, alike
+        self._landed, self._alike, self._arrived = landed, alike, arrived
         self._submodels: dict[SubmodelSpec, _Submodel] = {}
 
     def refresh(self) -> None:
@@ -74,10 +78,11 @@ class SlicedModel:
         if self.space.full() <= spec:
             return self.model
         found = self._submodels.pop(spec, None) or _Submodel(
-            self.model, self.space, spec, self._stock, self._landed, self._alike
+            self.model, self.space, spec, self._stock, self._landed, self._alike, self._arrived
         )
         self._submodels[spec] = found  # the last one is the last to go
-        found.bind()
+        if self._arrived is None:
+            found.bind()
         if found.model.training is not self.model.training:
             found.model.train(self.model.training)
         return found.model
@@ -128,6 +133,7 @@ class _Submodel:
         stock: ModuleSpec,
         landed: Landed | None,
         alike: Alike | None,
+        arrived: Arrived | None,
     ) -> None:
         self.model = _build(whole, space, spec, stock)
         cuts = Cuts(whole, space, spec)
@@ -136,8 +142,8 @@ class _Submodel:
             (router, _routers(whole)[number], cuts.experts(number))
             for number, router in _routers(self.model).items()
         ]
-        self.bound = False
-        self.bind()
+        self.bound = set[Tensor]()
+        self.release()
         uses = Counter(source for _, source, _ in self.tensors)
         for part, source, cut in self.tensors:
             if isinstance(source, nn.Parameter) and source.requires_grad:
@@ -146,21 +152,35 @@ class _Submodel:
                 part.register_post_accumulate_grad_hook(partial(_land, source, cut, told))
             elif isinstance(source, nn.Parameter):
                 part.requires_grad_(False)
+        if arrived is not None:
+            self._bind_when_called(arrived)
 
-    @torch.no_grad()
     def bind(self) -> None:
         """Point into the whole model's weights."""
-        if self.bound:
-            return
-        for part, source, cut in self.tensors:
-            part.data = cut.of(source.data)
-        self.bound = True
+        self._bind(self.tensors)
+
+    def _bind_when_called(self, arrived: Arrived) -> None:
+        """Each module waits for what it reads of the whole model, and only for that."""
+        of_part = {id(part): (part, source, cut) for part, source, cut in self.tensors}
+        for module in self.model.modules():
+            held = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            if own := [of_part[id(t)] for t in held if id(t) in of_part]:
+                module.register_forward_pre_hook(lambda _, __, own=own: self._bind(own, arrived))
+
+    @torch.no_grad()
+    def _bind(self, tensors: Sequence[tuple[Tensor, Tensor, Cut]], arrived: Arrived | None = None) -> None:
+        for part, source, cut in tensors:
+            if part not in self.bound:
+                if arrived is not None:
+                    arrived(source)
+                part.data = cut.of(source.data)
+                self.bound.add(part)
 
     def release(self) -> None:
         """Give back the memory of copies."""
-        for part, _, _ in self.tensors:
-            part.data = part.data.new_empty(0)
-        self.bound = False
+        for part, source, cut in self.tensors:
+            part.data = cut.empty(source.data)
+        self.bound.clear()
 
     def land_counts(self) -> None:
         for router, whole, cut in self.routers:

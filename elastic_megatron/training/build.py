@@ -116,8 +116,11 @@ def build_student(
         linears(chunks, recipe, source.manifest.shape, rounding.quantised).freeze(rounding.amax)
     for chunk in chunks:
         chunk.train()
-    ddp = _distributed(recipe, [DistilledChunk(*pair) for pair in zip_longest(chunks, teacher)])
-    if space is not None and _can_be_sliced(recipe, space):
+    sliced = space is not None and _can_be_sliced(recipe, space)
+    ddp = _distributed(
+        recipe, [DistilledChunk(*pair) for pair in zip_longest(chunks, teacher)], sliced=sliced
+    )
+    if sliced:
         for wrapped in ddp:
             wrapped.module.submodels = Submodels(wrapped, stock=_leaves(recipe), alike=round_alike)
     return Model(chunks, ddp, _optimizer(recipe, ddp, dtype), space, router)
@@ -189,8 +192,12 @@ def build_router(recipe: Recipe, space: ElasticSpace) -> BudgetRouter:
     return router
 
 
-def _distributed(recipe: Recipe, pairs: list[DistilledChunk]) -> list[Any]:
-    """Wrap the chunks of this rank, with the communication that ``parallel.overlap`` asks for."""
+def _distributed(recipe: Recipe, pairs: list[DistilledChunk], *, sliced: bool = False) -> list[Any]:
+    """Wrap the chunks of this rank, with the communication that ``parallel.overlap`` asks for.
+
+    Args:
+        sliced: may micro-batches run submodels, so that ``Overlap`` asks for parameters?
+    """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     parallel = recipe.parallel
@@ -200,6 +207,7 @@ def _distributed(recipe: Recipe, pairs: list[DistilledChunk]) -> list[Any]:
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_grad_reduce=parallel.overlap,
         overlap_param_gather=gather,
+        align_param_gather=gather and sliced,
     )
     ddp = [
         DistributedDataParallel(pair.config, settings, pair, disable_bucketing=index > 0)
@@ -208,7 +216,7 @@ def _distributed(recipe: Recipe, pairs: list[DistilledChunk]) -> list[Any]:
     for pair in pairs:
         if parallel.overlap:
             pair.config.no_sync_func = [d.no_sync for d in ddp] if len(ddp) > 1 else ddp[0].no_sync
-        if gather:
+        if gather and not sliced:
             syncs = [d.start_param_sync for d in ddp]
             pair.config.param_sync_func = syncs if len(ddp) > 1 else syncs[0]
     return ddp

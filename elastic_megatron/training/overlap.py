@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..blocks import SlicedModel
 
@@ -12,22 +12,38 @@ from ..blocks import SlicedModel
 class Overlap:
     """Stands for the hooks that ``DistributedDataParallel`` has on modules and parameters.
 
-    Sliced execution calls no module of the wrapped model, and reaches only the parameters that a submodel has. So
-    weights are waited for before they are cut out, a gradient that was added is reported, and after the last
-    micro-batch all others are.
+    Sliced execution calls no module of the wrapped model, and reaches only the parameters that a submodel has, of which
+    ranks may run different ones. So all parameters are asked for at once, in an order that does not depend on what is
+    run; each is waited for where it is cut out. A gradient that was added is reported, and after the last micro-batch
+    all others are.
 
     Args:
-        ddp: a wrapped pipeline chunk.
+        ddp: a wrapped pipeline chunk. Where it gathers parameters, it must leave asking for them to others
+            (``align_param_gather``).
     """
 
     def __init__(self, ddp: Any) -> None:
         self.settings, self.groups = ddp.ddp_config, ddp.param_to_bucket_group
+        # what is read first is needed first: the budget router's parameters before each step, then module by module
+        named = sorted(ddp.module.named_parameters(), key=lambda pair: "budget_router." not in pair[0])
+        self.order = list(dict.fromkeys(self.groups[p] for _, p in named if p in self.groups))
+        assert self.settings.align_param_gather or not self.settings.overlap_param_gather
 
-    def weights(self) -> None:
-        """Wait until this rank has all parameters."""
-        if self.settings.overlap_param_gather:
-            for group in dict.fromkeys(self.groups.values()):
-                group.finish_param_sync(skip_next_bucket_dispatch=True)
+    def ask(self) -> None:
+        """Start gathering all parameters that are not on their way or here."""
+        for group in self.order if self.settings.overlap_param_gather else ():
+            if not group.param_gather_dispatched:
+                group.start_param_sync()
+
+    def arrived(self, tensor: Tensor) -> None:
+        """Wait until this rank has a parameter."""
+        if self.settings.overlap_param_gather and tensor in self.groups:
+            self.groups[tensor].finish_param_sync(skip_next_bucket_dispatch=True)
+
+    def all_arrived(self) -> None:
+        """Wait for what no micro-batch of this step read."""
+        for group in self.order if self.settings.overlap_param_gather else ():
+            group.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def landed(self, parameter: nn.Parameter) -> None:
         """A micro-batch has added all that it adds to the gradient of a parameter."""
@@ -51,12 +67,14 @@ class Submodels(SlicedModel):
 
     def __init__(self, ddp: Any, **kwargs: Any) -> None:
         self.overlap = Overlap(ddp)
-        super().__init__(ddp.module.module, landed=self.overlap.landed, **kwargs)
+        arrived = self.overlap.arrived if ddp.ddp_config.overlap_param_gather else None
+        super().__init__(ddp.module.module, landed=self.overlap.landed, arrived=arrived, **kwargs)
 
     def refresh(self) -> None:
         super().refresh()
-        self.overlap.weights()
+        self.overlap.ask()
 
     def land(self) -> None:
         super().land()
+        self.overlap.all_arrived()
         self.overlap.rest()

@@ -389,7 +389,7 @@ def trained_router(recipe: Recipe) -> Any:
     with patched(
         build_chunks=(build, lambda _: [nn.Linear(1, 1)]),
         DistilledChunk=(build, lambda *_: None),
-        _distributed=(build, lambda *_: []),
+        _distributed=(build, lambda *_, **__: []),
         _optimizer=(build, lambda *_: None),
     ):
         return [build.build_student(recipe, source_of(recipe), space_of(recipe)).router is not None]
