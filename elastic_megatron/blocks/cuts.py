@@ -14,7 +14,7 @@ from ..cost.sliced_memory import SHARED_BY_TENSOR_RANKS
 from ..ops.locate import locate, weights
 from ..space import ElasticSpace, SubmodelSpec, TensorLayout
 
-Alike = Callable[[nn.Module, nn.Module], None]
+Alike = Callable[[nn.Module, nn.Module, tuple[int, int] | None], None]
 Key = tuple[int | None, TensorLayout, int | None]  # layer of the parent, layout, this rank's expert
 
 
@@ -70,11 +70,12 @@ class Cuts:
     def of(self, model: Any, alike: Alike | None) -> Iterator[tuple[Tensor, Tensor, Cut]]:
         """(the submodel's tensor, the whole model's, the cut) of everything that a submodel has."""
         for (layer, layout, expert), part, holder in _tensors(model, self.space):
+            experts = None
             if expert is not None:
-                expert = self._kept("num_moe_experts", layer, self.expert)[expert]
-            source, original = self.sources[layer, layout, expert]
+                experts = expert, self._kept("num_moe_experts", layer, self.expert)[expert]
+            source, original = self.sources[layer, layout, experts and experts[1]]
             if alike is not None:
-                alike(holder, original)
+                alike(holder, original, experts)
             yield part, source, replace(self._cut(layer, layout, source), dense=not _takes_strides(holder))
 
     def experts(self, layer: int) -> Cut:

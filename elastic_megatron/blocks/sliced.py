@@ -45,8 +45,8 @@ class SlicedModel:
         landed: called with a parameter of ``model`` after a backward pass added to its gradient.
         arrived: called with a tensor of ``model`` before it is read, to return when it is there. A submodel's modules
             are then bound one by one, each as it is first called.
-        alike: called with every new module that holds a weight and with the one of ``model`` that it is cut from, to
-            change the first as the second was changed.
+        alike: called for every weight with the new module that holds it and with the one of ``model`` that it is cut
+            from, to change the first as the second was changed, and of an expert's with its numbers in both.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -52,6 +53,33 @@ def checked_of(recipe: Recipe, shape: ParentShape, *, frozen: bool) -> dict[str,
         "calibration": recipe.quantize,
         "section": "quantize",
     }
+
+
+def why_apart(
+    recipe: Recipe, shape: ParentShape, quantised: Quantised, *, elastic: bool, frozen: bool
+) -> str | None:
+    """Why a quantised model is made of norms, linears and experts that are modules of their own.
+
+    ``None`` where norms may be fused into linears, and experts grouped: where every submodel runs on its own widths,
+    so that nothing is scaled between a norm and the rounding of a linear's input.
+
+    Args:
+        elastic: does it have submodels?
+        frozen: are their widths those of a trained family?
+    """
+    if elastic and not frozen:
+        return "router.frozen is false, and the router's choices are masks"
+    if elastic and (masked := [s.name for s in recipe.stages if s.execution == "masked"]):
+        return f"stage {masked[0]} has execution: masked"
+    tensor, keys = recipe.parallel.tensor, shape.num_query_groups
+    if elastic and "*" in shape.hybrid_layer_pattern and keys % tensor:
+        return f"parallel.tensor is {tensor}, and {keys} KV heads cannot be cut by it"
+    stored = quantised.stored_keys(shape)
+    experts = Counter((layer, layout.name) for layer, layout, expert in stored if expert is not None)
+    for (layer, _), count in experts.items():
+        if count != shape.num_moe_experts:
+            return f"quantize.keep leaves some experts of layer {layer} alone"
+    return None
 
 
 def in_use(space: ElasticSpace, submodels: Iterable[SubmodelSpec]) -> ElasticSpace:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+from ..checkpoint.quantised_layers import why_apart
 from ..cost.batch_rules import sequence_cut
 from ..cost.rank_memory import Load, memory_per_rank, usable
 from ..cost.remedy import problems_of, said
@@ -96,8 +97,10 @@ def _sliced(recipe: Recipe, stage: Stage, family: Family) -> Submodels | None:
         family.result.submodels[name] for name, odds in recipe.budget_probabilities(stage).items() if odds
     ]
     known = frozenset(spec for spec in drawn if spec.widths)
-    # what is quantised is made of Megatron's own linears, not of Transformer Engine's
-    return Submodels(family.space, known, dense=recipe.quantize is None)
+    quantised = family.result.quantised if recipe.quantize is not None else None
+    apart = quantised and why_apart(recipe, family.shape, quantised, elastic=True, frozen=True)
+    # Megatron's own linears take strides, Transformer Engine's do not
+    return Submodels(family.space, known, dense=not apart)
 
 
 def _rounded(family: Family) -> frozenset[tuple[int, str]]:

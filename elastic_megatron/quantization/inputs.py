@@ -32,7 +32,7 @@ def rounding(form: Format, linears: Iterable[tuple[nn.Module, Tensor]]) -> Itera
         yield
 
 
-def round_alike(module: nn.Module, original: nn.Module) -> None:
+def round_alike(module: nn.Module, original: nn.Module, _: tuple[int, int] | None = None) -> None:
     """Let a linear that was cut out of another one round its inputs as that one does now."""
     for hook in original._forward_pre_hooks.values():
         if isinstance(hook, _Rounds) and hook not in module._forward_pre_hooks.values():

@@ -196,10 +196,6 @@ def _execution(
         at = ("stages", index, "execution")
         if not budgets:
             yield Problem(at, "'sliced' needs budgets, whose submodels it runs")
-        elif quantize is not None:
-            yield Problem(
-                at, "'sliced' does not round, but there is a section quantize; write auto or masked"
-            )
         elif not frozen and router.sampling == "soft":
             text = "'sliced' runs one size at a time, but router.sampling: soft mixes sizes; write hard, or auto here"
             yield Problem(at, text)

@@ -5,7 +5,7 @@ without one it starts gloo and installs the adaptations of :mod:`.cpu`, so that 
 runs on a laptop.  Importing it costs torch; Megatron is imported inside the functions.
 """
 
-from elastic_megatron.runtime.config import fused_experts, transformer_config_defaults
+from elastic_megatron.runtime.config import fused_experts, has_transformer_engine, transformer_config_defaults
 from elastic_megatron.runtime.cpu import ADAPTATIONS, adapt
 from elastic_megatron.runtime.device import Layout, Runtime, adopt, groups, layout, on_gpus, start, stop
 from elastic_megatron.runtime.generators import untouched_generators
@@ -24,6 +24,7 @@ __all__ = [
     "die_with_parent",
     "fused_experts",
     "groups",
+    "has_transformer_engine",
     "hybrid_stack_spec",
     "layout",
     "on_gpus",

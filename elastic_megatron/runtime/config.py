@@ -34,7 +34,7 @@ def transformer_config_defaults() -> dict[str, Any]:
         "use_cpu_initialization": not cuda,
         "gradient_accumulation_fusion": cuda and find_spec("fused_weight_gradient_mlp_cuda") is not None,
         "bias_dropout_fusion": cuda,
-        "moe_grouped_gemm": cuda and _has_transformer_engine(),
+        "moe_grouped_gemm": cuda and has_transformer_engine(),
         "masked_softmax_fusion": False,
         "bias_activation_fusion": False,
         "persist_layer_norm": False,
@@ -47,11 +47,12 @@ def fused_experts() -> dict[str, bool]:
     cuda = torch.cuda.is_available()
     return {
         "use_fused_weighted_squared_relu": cuda,
-        "moe_permute_fusion": cuda and _has_transformer_engine(),
+        "moe_permute_fusion": cuda and has_transformer_engine(),
     }
 
 
-def _has_transformer_engine() -> bool:
+def has_transformer_engine() -> bool:
+    """Can Megatron use it?"""
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     return bool(HAVE_TE)

@@ -29,6 +29,7 @@ from ..space import ElasticSpace, ParentShape
 from .distill import DistilledChunk
 from .experts import expert_execution, moe_overrides
 from .family import DTYPES
+from .leaves import can_be_sliced, leaves
 from .overlap import Submodels
 from .quantizers import QuantisedLinears, Rounding, round_alike
 from .teacher_cache import TeacherCache
@@ -99,8 +100,10 @@ def build_student(
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
+    quantised, shape = None if rounding is None else rounding.quantised, source.manifest.shape
+    spec = leaves(recipe, shape, space, quantised, frozen=recipe.router_frozen)
     chunks = build_chunks(
-        lambda vp_stage: bare_model(recipe, source.manifest.shape, space, vp_stage=vp_stage, **overrides)
+        lambda vp_stage: bare_model(recipe, shape, space, spec=spec, vp_stage=vp_stage, **overrides)
     )
     router = None
     if space is not None and not recipe.router_frozen:
@@ -113,49 +116,25 @@ def build_student(
     if router is not None:
         chunks[0].budget_router = router
     if rounding is not None:
-        linears(chunks, recipe, source.manifest.shape, rounding.quantised).freeze(rounding.amax)
+        linears(chunks, recipe, shape, rounding.quantised).freeze(rounding.amax)
     for chunk in chunks:
         chunk.train()
-    sliced = space is not None and _can_be_sliced(recipe, space)
+    sliced = space is not None and can_be_sliced(recipe, space)
     ddp = _distributed(
         recipe, [DistilledChunk(*pair) for pair in zip_longest(chunks, teacher)], sliced=sliced
     )
     if sliced:
         for wrapped in ddp:
-            wrapped.module.submodels = Submodels(wrapped, stock=_leaves(recipe), alike=round_alike)
+            wrapped.module.submodels = Submodels(wrapped, stock=spec, alike=round_alike)
     return Model(chunks, ddp, _optimizer(recipe, ddp, dtype), space, router)
 
 
 def bare_model(recipe: Recipe, shape: ParentShape, space: ElasticSpace | None, **settings: Any) -> nn.Module:
-    """An empty student, elastic over ``space``; ``settings`` as of ``build_model``.
-
-    Where it will be quantised its leaves are the local ones, which ModelOpt converts one by one: a norm that is fused
-    into a linear would have its output scaled to the kept width after the linear's input was rounded, not before.
-    """
+    """An empty student, elastic over ``space``; ``settings`` as of ``build_model``."""
     dtype = DTYPES[recipe.model.dtype]
-    settings = {"spec": _leaves(recipe), **settings}
     if space is not None:
         return build_elastic_model(space, dtype=dtype, **settings)
     return build_model(shape, dtype=dtype, **settings)
-
-
-def _leaves(recipe: Recipe) -> Any:
-    return runtime.hybrid_stack_spec("auto" if recipe.quantize is None else "local")
-
-
-def _can_be_sliced(recipe: Recipe, space: ElasticSpace) -> bool:
-    """May submodels run on their own widths? Raises ``UserError`` where a stage insists and they cannot."""
-    if all(stage.execution == "masked" for stage in recipe.stages):
-        return False
-    tensor, keys = runtime.groups().tp.size(), space.parent.num_query_groups
-    if "*" not in space.parent.hybrid_layer_pattern or keys % tensor == 0:
-        return True
-    if any(stage.execution == "sliced" for stage in recipe.stages):
-        raise UserError(
-            f"execution 'sliced' needs whole KV heads on every rank, but parallel.tensor is {tensor} and the model has "
-            f"{keys}; write execution: auto, or parallel.tensor={keys}"
-        )
-    return False
 
 
 def linears(

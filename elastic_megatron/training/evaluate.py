@@ -105,7 +105,7 @@ def evaluate(
             if space is not None and spec is not None and spec != space.full():
                 mix = SubmodelMix.one_hot(space, spec, device)
                 for pair in pairs:
-                    stack.enter_context(_sliced(pair, mix))
+                    stack.enter_context(one_size(pair, mix))
             out[name] = token_losses(pairs, windows, batch_size=batch_size)
     for pair in pairs:
         pair.module.train(was_training)
@@ -113,8 +113,8 @@ def evaluate(
 
 
 @contextmanager
-def _sliced(pair: DistilledChunk, mix: SubmodelMix) -> Iterator[None]:
-    """Run a submodel with the weights of now, and leave no copies of them behind."""
+def one_size(pair: DistilledChunk, mix: SubmodelMix) -> Iterator[None]:
+    """Run a submodel with the weights of now, sliced where it can be, and leave no copies of them behind."""
     submodels = pair.submodels
     if submodels is not None:
         submodels.release()

@@ -6,11 +6,12 @@ import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 from torch import nn
 
-from ..blocks import build_chunks, forward_only, running
+from ..blocks import build_chunks, forward_only
 from ..blocks.forward import Batch
 from ..checkpoint import distributed, tracker
 from ..checkpoint.agreement import check_finite
@@ -30,10 +31,11 @@ from .calibration import CalibrationData, shown
 from .checks import check_quantize
 from .datasets import dataset
 from .distill import DistilledChunk
-from .evaluate import evaluate
+from .evaluate import evaluate, one_size
 from .experts import moe_overrides
 from .family import family_of, parent_source
 from .held_folder import HeldFolder, held_folder
+from .leaves import leaves, sliced_models
 from .log import RunLog
 from .quantizers import QuantisedLinears, Rounding
 from .start import start_whole_stages
@@ -127,13 +129,22 @@ def _quantize(folder: HeldFolder, recipe: Recipe, given: Quantizable) -> Calibra
     assert settings is not None
     space = manifest.space
     overrides = moe_overrides(recipe, source)
+    spec = leaves(recipe, manifest.shape, space, quantised, frozen=True)
     chunks = build_chunks(
-        lambda vp_stage: bare_model(recipe, manifest.shape, space, vp_stage=vp_stage, **overrides).eval()
+        lambda vp_stage: bare_model(
+            recipe, manifest.shape, space, spec=spec, vp_stage=vp_stage, **overrides
+        ).eval()
     )
     source.fill(chunks)
     check_finite(chunks, what=str(source.path))
     found = linears(chunks, recipe, manifest.shape, quantised)
-    judge = _Judge(recipe, chunks, build_teacher(recipe, source), space, family)
+    teacher = build_teacher(recipe, source)
+
+    def pairs(teacher: Sequence[nn.Module]) -> list[DistilledChunk]:
+        submodels = sliced_models(recipe, chunks, spec) if space is not None else None
+        return [DistilledChunk(*each) for each in zip_longest(chunks, teacher, submodels or ())]
+
+    judge = _Judge(recipe, pairs(teacher), space, family)
     with RunLog(
         recipe.run_dir, title=recipe.name, total=recipe.last_step, resumed_at=-1, interval=recipe.log.interval,
         tensorboard=recipe.log.tensorboard, active=main,
@@ -144,7 +155,7 @@ def _quantize(folder: HeldFolder, recipe: Recipe, given: Quantizable) -> Calibra
         )
         device = next(chunks[0].parameters()).device
         batches = CalibrationData("quantize", settings, samples, manifest.shape.vocab_size, device)
-        amax, unseen = _calibrate(chunks, space, family, found, shown(batches, "calibrating", show=main))
+        amax, unseen = _calibrate(pairs(()), space, family, found, shown(batches, "calibrating", show=main))
         tokens = settings.samples * settings.seq_length
         log.event("calibration", {"step": 0, "tokens": tokens, "unseen": unseen})
         found.freeze(amax)
@@ -160,25 +171,28 @@ def _quantize(folder: HeldFolder, recipe: Recipe, given: Quantizable) -> Calibra
 
 
 def _calibrate(
-    chunks: Sequence[nn.Module],
+    pairs: Sequence[DistilledChunk],
     space: ElasticSpace | None,
     family: Mapping[str, SubmodelSpec],
     found: QuantisedLinears,
     batches: Iterable[Batch],
 ) -> tuple[dict[str, Amax], dict[str, list[int]]]:
     """Every batch through the whole model and every submodel, so that the magnitudes hold for all of them."""
-    mixes: list[SubmodelMix | None] = [None]
-    if space is not None:
-        device = next(chunks[0].parameters()).device
-        specs = dict.fromkeys(spec for spec in family.values() if spec != space.full())
-        mixes += [SubmodelMix.one_hot(space, spec, device) for spec in specs]
-    found.collect()
+    device = next(pairs[0].parameters()).device
+    specs = (
+        dict.fromkeys(spec for spec in family.values() if spec != space.full()) if space is not None else ()
+    )
+    mixes = [(SubmodelMix.one_hot(space, spec, device), space.kept_layers(spec)) for spec in specs if space]
+    found.collect()  # before submodels are cut out, whose linears are observed too
     for batch in batches:
-        for mix in mixes:
+        found.observe()
+        forward_only(pairs, [batch], lambda _, __: None)
+        for mix, layers in mixes:
+            found.observe(layers)
             with ExitStack() as stack:
-                for chunk in chunks if mix is not None else ():
-                    stack.enter_context(running(chunk, mix))
-                forward_only(chunks, [batch], lambda _, __: None)
+                for pair in pairs:
+                    stack.enter_context(one_size(pair, mix))
+                forward_only(pairs, [batch], lambda _, __: None)
     return found.calibrate()
 
 
@@ -188,19 +202,15 @@ class _Judge:
     def __init__(
         self,
         recipe: Recipe,
-        chunks: Sequence[nn.Module],
-        teacher: Sequence[nn.Module],
+        pairs: Sequence[DistilledChunk],
         space: ElasticSpace | None,
         family: Mapping[str, SubmodelSpec],
     ) -> None:
-        self.chunks, self.space, self.family = chunks, space, family
+        self.pairs, self.space, self.family = pairs, space, family
         self.windows, self.batch_size = eval_windows(recipe), eval_batch_size(recipe)
-        self.pairs = [DistilledChunk(*pair) for pair in zip(chunks, teacher, strict=True)] if teacher else []
 
     def tell(self, log: RunLog, weights: str) -> None:
         """A line of the run's metrics, where there is held-out text."""
         if self.windows:
-            results = evaluate(
-                self.pairs or self.chunks, self.space, self.family, self.windows, batch_size=self.batch_size
-            )
+            results = evaluate(self.pairs, self.space, self.family, self.windows, batch_size=self.batch_size)
             log.event("eval", {"step": 0, "tokens": 0, "weights": weights, "submodels": results})

@@ -11,33 +11,43 @@ of its configurations, and collects their inputs. Three things are ours:
 - where the magnitudes are kept: in one file of the whole model (``checkpoint.amax``). ModelOpt keeps them in the
   sharded state, one expert-parallel layout each.
 
-So only linears are converted, not the modules that hold experts: those change how a model is saved.
+So only linears are converted, not the modules that hold experts: those change how a model is saved. They may be
+Megatron's own or Transformer Engine's, norms fused into them and experts grouped; then nothing may be masked, since a
+fused norm's output would be scaled to the kept width after it was rounded.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import warnings
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import runtime
 from ..checkpoint.agreement import same_on_all_ranks
 from ..checkpoint.amax import Amax
 from ..checkpoint.hf_quantised import Quantised
 from ..checkpoint.shards import Shard, shards
-from ..errors import UserError
 from ..quantization.formats import FP8, NVFP4, Format
 from ..quantization.straight_through import straight_through
 from ..space import ParentShape
+from .observed import (
+    UNSEEN,
+    Largest,
+    Reached,
+    check_finite,
+    collected,
+    grouped,
+    largest_of_stage,
+    merged,
+    numbered,
+    reached_of,
+)
 
 BACKEND = "elastic_megatron"
-_UNSEEN = -1.0
 
 
 @dataclass(frozen=True)
@@ -61,9 +71,29 @@ class Linear:
     shard: Shard
 
     @property
+    def weight_quantizer(self) -> Any:
+        """Of this weight; grouped experts have one each, beside the one of what they are all multiplied with."""
+        held: Any = self.module
+        own = held.weight_quantizer
+        return own[self.grouped_at] if grouped(held) else own
+
+    @property
     def shared(self) -> tuple[int | None, str]:
         """Linears alike share what they are multiplied with: all experts of a layer."""
         return self.shard.layer, self.shard.layout.name
+
+    @property
+    def reached(self) -> bool:
+        """Have tokens come by since ``collect``? Grouped experts are called together, with tokens or without."""
+        if grouped(self.module):
+            return self.weight_quantizer in reached_of(self.module).quantizers
+        return bool(collected(self.module.input_quantizer) >= 0)
+
+    @property
+    def grouped_at(self) -> int:
+        """Its place among the experts that one module holds on this rank."""
+        assert self.shard.expert is not None
+        return self.shard.expert % grouped(self.module)
 
 
 class QuantisedLinears:
@@ -92,19 +122,35 @@ class QuantisedLinears:
         # those of this pipeline stage: the same list on all its ranks, whichever experts they hold
         self.stage = [key for key in quantised.stored_keys(parent) if key[0] in layers]
         self._device = next(chunks[0].parameters()).device
+        self._hooks: list[Any] = []
         settings = _with_backend(getattr(mtq, config)["quant_cfg"], inputs=self._device.type == "cpu")
         for chunk in chunks:
             mtq.set_quantizer_by_cfg(chunk, settings)
         for linear in self.linears:
-            for quantizer in (linear.module.weight_quantizer, linear.module.input_quantizer):
+            for quantizer in (linear.weight_quantizer, linear.module.input_quantizer):
                 assert quantizer.is_enabled, f"{config} leaves {linear.shard.name} alone"
                 quantizer.disable_quant()  # until magnitudes are known
 
     def collect(self) -> None:
         """From now on the inputs of the linears are observed."""
         for linear in self.linears:
-            linear.module.input_quantizer._calibrator = _Largest()
+            linear.module.input_quantizer._calibrator = Largest()
             linear.module.input_quantizer.enable_calib()
+            if grouped(linear.module) and linear.grouped_at == 0:
+                self._hooks.append(linear.module.register_forward_pre_hook(Reached()))
+
+    def observe(self, layers: Collection[int] | None = None) -> None:
+        """After ``collect``: only the inputs of linears in these layers, or in all, are observed from now on.
+
+        Masked execution computes the layers that a submodel drops, on numbers that no submodel ever sees.
+        """
+        for linear in self.linears:
+            quantizer = linear.module.input_quantizer
+            (
+                quantizer.enable_calib
+                if layers is None or linear.shard.layer in layers
+                else quantizer.disable_calib
+            )()
 
     @torch.no_grad()
     def calibrate(self) -> tuple[dict[str, Amax], dict[str, list[int]]]:
@@ -116,29 +162,32 @@ class QuantisedLinears:
 
         Raises ``UserError`` on all ranks, with the name of the first linear whose inputs were not finite.
         """
-        inputs = {linear.shard.name: _collected(linear.module.input_quantizer) for linear in self.linears}
-        unseen = self._unseen(inputs)
-        kinds = _numbered((layer, layout.name) for layer, layout, _ in self.stage)
-        largest = torch.full((len(kinds),), _UNSEEN)
+        inputs = {linear.shard.name: collected(linear.module.input_quantizer) for linear in self.linears}
+        unseen = self._unseen()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        kinds = numbered((layer, layout.name) for layer, layout, _ in self.stage)
+        largest = torch.full((len(kinds),), UNSEEN)
         for linear in self.linears:
             i = kinds[linear.shared]
             largest[i] = torch.maximum(largest[i], inputs[linear.shard.name])
-        _largest_of_stage(largest, self._device)
+        largest_of_stage(largest, self._device)
         with same_on_all_ranks("calibration"):
-            _check_finite(kinds, largest)
+            check_finite(kinds, largest)
         assert (largest >= 0).all(), "a linear that no token reached cannot be calibrated"
         weights = self._weights()
         own = {
             linear.shard.name: Amax(weights[linear.shard.name], largest[kinds[linear.shared]])
             for linear in self.linears
         }
-        return _merged(own), _merged(unseen)
+        return merged(own), merged(unseen)
 
     def freeze(self, amax: Mapping[str, Amax]) -> None:
         """Round from now on, under these magnitudes of the whole model."""
         for linear in self.linears:
             module, found = linear.module, amax[linear.shard.name]
-            quantizers = ((module.weight_quantizer, found.weight), (module.input_quantizer, found.input))
+            quantizers = ((linear.weight_quantizer, found.weight), (module.input_quantizer, found.input))
             for quantizer, value in quantizers:
                 quantizer.amax = value.to(self._device)
                 # saved once for the whole model, not with the module
@@ -146,13 +195,13 @@ class QuantisedLinears:
                 quantizer.disable_calib()
                 quantizer.enable_quant()
 
-    def _unseen(self, inputs: Mapping[str, Tensor]) -> dict[str, list[int]]:
-        experts = _numbered((layer, expert) for layer, _, expert in self.stage if expert is not None)
+    def _unseen(self) -> dict[str, list[int]]:
+        experts = numbered((layer, expert) for layer, _, expert in self.stage if expert is not None)
         seen = torch.zeros(len(experts))
-        for shard in (linear.shard for linear in self.linears):
-            if shard.expert is not None and inputs[shard.name] >= 0:
-                seen[experts[shard.layer, shard.expert]] = 1
-        _largest_of_stage(seen, self._device)
+        for linear in self.linears:
+            if linear.shard.expert is not None and linear.reached:
+                seen[experts[linear.shard.layer, linear.shard.expert]] = 1
+        largest_of_stage(seen, self._device)
         found: dict[str, list[int]] = {}
         for (layer, expert), reached in zip(experts, seen.tolist(), strict=True):
             if not reached:
@@ -171,25 +220,36 @@ class QuantisedLinears:
         return found
 
 
-def round_alike(module: nn.Module, original: nn.Module) -> None:
-    """Let a linear that was cut out of another one round as that one does, by the same quantisers."""
-    if hasattr(original, "weight_quantizer"):
-        converted: Any = _converted(module)
+def round_alike(module: nn.Module, original: nn.Module, experts: tuple[int, int] | None = None) -> None:
+    """Let a linear that was cut out of another one round as that one does, by the same quantisers.
+
+    Args:
+        experts: of grouped linears, which of the first is which of the second.
+    """
+    if not hasattr(original, "weight_quantizer"):
+        return
+    converted: Any = _converted(module)
+    converted.input_quantizer = original.input_quantizer
+    if not grouped(original):
         converted.weight_quantizer = original.weight_quantizer
-        converted.input_quantizer = original.input_quantizer
+        return
+    assert experts is not None
+    own, whole = experts
+    converted.weight_quantizer[own] = original.weight_quantizer[whole]
+    for hook in original._forward_pre_hooks.values():
+        if isinstance(hook, Reached) and hook not in converted._forward_pre_hooks.values():
+            converted.register_forward_pre_hook(hook)
 
 
 def _converted(module: nn.Module) -> nn.Module:
     """The module itself, of the class that ModelOpt has for it."""
+    if hasattr(module, "input_quantizer"):
+        return module
     from modelopt.torch.quantization.nn import QuantModuleRegistry
 
     converted = QuantModuleRegistry.convert(module)
     assert converted is module, "ModelOpt converts in place"
     return converted
-
-
-def _numbered[Key: Hashable](keys: Iterable[Key]) -> dict[Key, int]:
-    return {key: i for i, key in enumerate(dict.fromkeys(keys))}
 
 
 def _modelopt() -> Any:
@@ -222,57 +282,3 @@ def _with_backend(settings: Sequence[Mapping[str, Any]], *, inputs: bool) -> lis
         if "cfg" in entry and ("weight_quantizer" in name or (inputs and "input_quantizer" in name)):
             entry["cfg"] = {**entry["cfg"], "backend": BACKEND}
     return found
-
-
-class _Largest:
-    """ModelOpt's max calibrator, whose assertion about NaN would end one rank while the others wait for it.
-
-    Here what is not finite counts as infinite, and all ranks hear of it.
-    """
-
-    def __init__(self) -> None:
-        self._found: Tensor | None = None
-
-    @torch.no_grad()
-    def collect(self, values: Tensor) -> None:
-        """The largest magnitude of [...] and of what was collected before."""
-        largest = values.abs().amax().float().nan_to_num(nan=math.inf, posinf=math.inf)
-        self._found = largest if self._found is None else torch.maximum(self._found, largest)
-
-    def compute_amax(self) -> Tensor | None:
-        return self._found
-
-    def reset(self) -> None:
-        self._found = None
-
-
-def _check_finite(kinds: Mapping[tuple[int | None, str], int], largest: Tensor) -> None:
-    for (layer, name), index in kinds.items():
-        if largest[index].isinf():
-            where = name if layer is None else f"{name} of decoder.layers.{layer}"
-            raise UserError(
-                f"inputs of {where} are not finite on the calibration data: the model overflows; check "
-                "model.checkpoint, model.dtype and data.train"
-            )
-
-
-def _collected(quantizer: Any) -> Tensor:
-    """The largest magnitude that a quantiser saw, ``_UNSEEN`` where nothing came by."""
-    found = quantizer._calibrator.compute_amax()
-    return torch.tensor(_UNSEEN) if found is None else found.detach().float().reshape(()).cpu()
-
-
-def _largest_of_stage(values: Tensor, device: torch.device) -> None:
-    """The maximum over all ranks of this pipeline stage, in place."""
-    groups = runtime.groups()
-    moved = values.to(device)
-    for group in (groups.tp, groups.dp_cp):
-        torch.distributed.all_reduce(moved, torch.distributed.ReduceOp.MAX, group)
-    values.copy_(moved)
-
-
-def _merged[Value](own: Mapping[str, Value]) -> dict[str, Value]:
-    """What all ranks have, which agree where they have the same."""
-    every: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, own)
-    return {name: value for each in every for name, value in each.items()}

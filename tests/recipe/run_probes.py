@@ -336,6 +336,9 @@ class Linears:
     def collect(self) -> None:
         """Inputs follow."""
 
+    def observe(self) -> None:
+        """Those of all layers."""
+
     def calibrate(self) -> None:
         raise Stop(self.seen)
 
@@ -359,6 +362,7 @@ def quantising(recipe: Recipe) -> Any:
         check_finite=(quantize, lambda *_, **__: None),
         build_chunks=(quantize, lambda _: [chunk]),
         build_teacher=(quantize, lambda *_: []),
+        DistilledChunk=(quantize, lambda student, *_: student),
         QuantisedLinears=(build, Linears),
         dataset=(quantize, data),
         forward_only=(quantize, lambda chunks, batch, _: seen.extend(tuple(b["tokens"].shape) for b in batch)),

@@ -14,7 +14,7 @@ from hf_models import stored
 from laws import one_hot
 from quantised_checkpoints import megatron_names
 from quantised_dirs import bits, origin
-from quantised_runs import BUDGETS, SHAPE, SPACE, SUBMODELS, recipe_of, save_family
+from quantised_runs import BUDGETS, SHAPE, SPACE, STAGES, SUBMODELS, recipe_of, save_family
 from run_state import crash_before, lines
 from torch import Tensor, nn
 
@@ -138,6 +138,18 @@ def test_resuming_is_exact(
     torch.manual_seed(999)
     assert train(recipe).step == STEPS
     assert_same_runs(recipe, runs[form])
+
+
+def test_sliced_runs_round_as_masked_ones(runs: dict[str, Recipe], make: Make, tmp_path: Path) -> None:
+    """From its calibration on; in fp32, where a sum's last bit may move a value to the next step of the format."""
+    losses: dict[str, list[float]] = {}
+    for execution in ("masked", "sliced"):
+        stages = [stage | {"execution": execution} for stage in STAGES]
+        recipe = make(tmp_path / execution, quantize={"format": "fp8"}, stages=stages)
+        train(recipe)
+        losses[execution] = [line["loss"] for line in lines(recipe.run_dir) if "step" in line]
+    assert losses["sliced"] == [line["loss"] for line in lines(runs["fp8"].run_dir) if "step" in line], "auto"
+    assert losses["masked"] == pytest.approx(losses["sliced"], rel=1e-4)
 
 
 def test_a_finished_run_is_left_alone(runs: dict[str, Recipe]) -> None:
