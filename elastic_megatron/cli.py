@@ -101,7 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
         nargs=0,
         help="print versions, GPUs and which optional kernels import, and exit",
     )
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    # who types only the name wants to know what there is
+    parser.set_defaults(handler=lambda _: parser.print_help())
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(subparsers)
     return parser

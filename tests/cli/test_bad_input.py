@@ -163,7 +163,6 @@ REQUESTS: dict[str, tuple[Callable[[Story, Path], list[Any]], str]] = {
         r"is no file; give --text and --heldout",
     ),
     "quickstart into a file": (lambda s, t: ["quickstart", "--out", s.text], r"valid\.txt.*Not a directory"),
-    "no command": (lambda s, t: [], r"the following arguments are required: COMMAND; see elastic-megatron --help"),
     "unknown command": (lambda s, t: ["tarin"], r"invalid choice: 'tarin'.*; see elastic-megatron --help"),
     "unknown option": (lambda s, t: ["eval", s.elastic, "--text", s.text, "--fast"], r"unrecognized arguments: --fast"),
     "missing argument": (lambda s, t: ["slice", s.elastic, t / "hf"], r"required: --submodel; see elastic-"),

@@ -74,3 +74,12 @@ def test_an_error_for_people_ends_with_its_own_status(
 ) -> None:
     for kind, status in ((UserError, BAD_INPUT), (DivergedError, DIVERGED), (RetryableError, AGAIN)):
         assert ended(kind("words"), monkeypatch, capsys) == (status, "error: words\n")
+
+
+def test_the_bare_name_is_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """No arguments: exit 0, and on stdout what ``--help`` prints."""
+    assert cli.main([]) == 0
+    bare = capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--help"])
+    assert ended.value.code == 0 and bare.out == capsys.readouterr().out and not bare.err
