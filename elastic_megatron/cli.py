@@ -20,6 +20,7 @@ from .commands import (
     convert,
     evaluate,
     generate,
+    init,
     jobs,
     plan,
     quantize,
@@ -36,6 +37,7 @@ from .report import cli as report
 
 COMMANDS = (
     quickstart,
+    init,
     plan,
     recipe,
     prepare_data,

@@ -21,8 +21,10 @@ def add_parser(subparsers: Any) -> None:
         "--out", type=Path, default=Path("quickstart"), help="folder to write (default: quickstart)"
     )
     parser.add_argument("--recipes", type=Path, help="folder with parent.yaml, rank.yaml, elastic.yaml "
-                        "(default: recipes/tiny_cpu of this project)")  # fmt: skip
-    parser.add_argument("--text", type=Path, help="training text (default: examples/data of this project)")
+                        "(default: those of the tiny model, which come along)")  # fmt: skip
+    parser.add_argument(
+        "--text", type=Path, help="training text (default: that of examples/data, which comes along)"
+    )
     parser.add_argument("--heldout", type=Path, help="held-out text, required with --text")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object on stdout")
     parser.set_defaults(handler=run)

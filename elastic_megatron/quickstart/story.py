@@ -16,12 +16,11 @@ from rich.console import Console
 
 from ..errors import AGAIN, UserError
 from ..files.lock import locked, within
+from ..files.shipped import shipped
 from ..files.targets import check_writable
 from ..files.writing import write_text
 from ..recipe import Recipe, dump, load
 from .phases import Phases
-
-PROJECT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,9 @@ def _phases(story: Story) -> list[tuple[str, str, Callable[[], None]]]:
 
 
 def _story(out: Path, recipes: Path | None, text: Path | None, heldout: Path | None) -> Story:
-    recipes = recipes or PROJECT / "recipes" / "tiny_cpu"
-    text = text or PROJECT / "examples" / "data" / "shakespeare_train.txt"
-    heldout = heldout or PROJECT / "examples" / "data" / "shakespeare_valid.txt"
+    recipes = recipes or shipped() / "recipes" / "tiny_cpu"
+    text = text or shipped() / "examples" / "data" / "shakespeare_train.txt"
+    heldout = heldout or shipped() / "examples" / "data" / "shakespeare_valid.txt"
     if not recipes.is_dir():
         raise UserError(f"{recipes} is no folder; give --recipes")
     for path in (text, heldout):

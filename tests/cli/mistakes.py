@@ -66,6 +66,8 @@ _UNWRITABLE = r"cannot be written \(.*text\.txt: Not a directory\)"
 _DATA = "--output out/data --tokenizer bytes"
 
 MISTAKES: dict[str, str] = {
+    "init text.txt/mine": r"text\.txt/mine.*: Not a directory; choose another path",
+    "init mine --model nano30": "'nano30'.*nano30b",
     # what is not there, or is something else
     "eval nowhere --text text.txt": _NOWHERE,
     "eval empty --text text.txt": "empty is neither a Megatron checkpoint nor a Hugging Face directory",
