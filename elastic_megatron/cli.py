@@ -155,6 +155,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments, with ``key=value`` overrides also behind options, where argparse no longer expects them."""
     parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow; see docs/commands.md
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     args, rest = parser.parse_known_args(argv)
     overrides = [text for text in rest if hasattr(args, "overrides") and "=" in text and text[0] != "-"]
     if unknown := [text for text in rest if text not in overrides]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from .overrides import add_overrides
 
 if TYPE_CHECKING:
     from ..checkpoint.hf_quantised import Quantised
@@ -49,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "source", type=Path, metavar="RECIPE|CHAIN|HF_DIR", help="YAML file or model directory"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the files'")
+    add_overrides(parser, "the files'")
     parser.add_argument(
         "--context", type=int, default=8192, metavar="N", help="tokens of a sequence for FLOPs and caches"
     )

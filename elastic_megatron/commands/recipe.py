@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from .overrides import add_overrides
 
 if TYPE_CHECKING:
     from ..recipe import JobChain
@@ -20,9 +21,7 @@ def add_parser(subparsers: Any) -> None:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     show = verbs.add_parser("show", help="the recipe after extends and overrides, with derived numbers")
     show.add_argument("recipe", type=Path, help="a recipe, a chain or a cluster file")
-    show.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="values that win over the file's; as for submit"
-    )
+    add_overrides(show)
     show.add_argument("--json", action="store_true", help="print it as JSON, without derived numbers")
     show.set_defaults(handler=_show)
     schema = verbs.add_parser("schema", help="JSON schema for editors")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from .overrides import add_overrides
 
 if TYPE_CHECKING:
     from ..preflight import Finding
@@ -31,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", type=Path, metavar="CHAIN|RECIPE", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the files'")
+    add_overrides(parser, "the files'")
     parser.add_argument(
         "--dry-run", "--dryrun", action="store_true", help="print what would be sent, and send nothing"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from .overrides import add_overrides
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """``RECIPE [key=value ...] [--json]``, the arguments of every command that runs a recipe."""
     parser.add_argument("recipe", type=Path, help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the file's")
+    add_overrides(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
