@@ -30,6 +30,7 @@ from .commands import (
     submit,
     train,
 )
+from .commands.examples import EXAMPLES
 from .data import cli as prepare_data
 from .errors import BAD_INPUT, UserError, of_os_error
 from .files.json_files import finite, strict
@@ -108,6 +109,10 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(subparsers)
+    words = {action.dest: action.help or "" for action in subparsers._choices_actions}
+    for name, command in subparsers.choices.items():
+        command.description = command.description or f"{words[name][:1].upper()}{words[name][1:]}."
+        command.epilog = f"example: {EXAMPLES[name]}"
     return parser
 
 

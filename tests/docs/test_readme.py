@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from elastic_megatron.cli import build_parser
+from elastic_megatron.commands.examples import EXAMPLES
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -146,3 +148,20 @@ def test_every_command_is_in_the_table_and_no_other() -> None:
     }
     (commands,) = (a for a in build_parser()._actions if a.dest == "==SUPPRESS==" and a.choices)
     assert named == set(commands.choices)
+
+
+def test_every_command_says_what_it_does_and_has_an_example_that_it_takes() -> None:
+    """Names and options, that is: files need not be there."""
+    parser = build_parser()
+    (commands,) = (a for a in parser._actions if a.dest == "==SUPPRESS==" and a.choices)
+    assert EXAMPLES.keys() == set(commands.choices)
+    for name, command in commands.choices.items():
+        program, *arguments = shlex.split(EXAMPLES[name])
+        assert program == "elastic-megatron" and arguments[0] == name
+        parser.parse_args(arguments)
+        shown = command.format_help()
+        assert command.description and "example: elastic-megatron" in shown
+    for recipe in {
+        word for line in EXAMPLES.values() for word in line.split() if word.startswith("recipes/")
+    }:
+        assert (ROOT / recipe).exists() or recipe.endswith("mine.yaml")
