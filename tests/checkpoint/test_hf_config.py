@@ -105,10 +105,14 @@ def test_only_what_a_size_decides_differs_from_the_parents_config() -> None:
     assert changed == {
         "hidden_size", "num_hidden_layers", "hybrid_override_pattern", "n_routed_experts", "moe_intermediate_size",
         "mamba_num_heads", "mamba_head_dim", "num_attention_heads", "time_step_min",
+        "mamba_n_groups", "intermediate_size",  # which other engines want, docs/engines.md; no dense layer is left
     }  # fmt: skip
     assert source.hf_config.keys() - _config(source, "small").keys() == {"expand"}
     whole = _config(source)
-    assert {k: v for k, v in whole.items() if source.hf_config.get(k) != v} == {"time_step_min": 1e-30}
+    assert {k: v for k, v in whole.items() if source.hf_config.get(k) != v} == {
+        "time_step_min": 1e-30,
+        "mamba_n_groups": source.shape.mamba_num_groups,
+    }
     assert not source.hf_config.keys() - whole.keys()
 
 

@@ -132,7 +132,7 @@ def test_a_directory_saved_by_transformers_is_imported_and_written_again(tmp_pat
     assert before["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
     before["time_step_limit"] = [0.0, torch.finfo(torch.float32).max]
     assert {k: v for k, v in again.items() if k in before} == before
-    assert set(again) - set(before) == {"hybrid_override_pattern", "num_hidden_layers"}
+    assert set(again) - set(before) == {"hybrid_override_pattern", "num_hidden_layers", "mamba_n_groups"}
 
 
 def test_a_model_of_that_config_can_be_initialised_at_random(family: Path) -> None:
