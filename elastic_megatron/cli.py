@@ -127,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet()
     machine_readable = getattr(args, "json", False)
     try:
-        with _ended_by_sigterm(), _stdout_to_stderr() if machine_readable else contextlib.nullcontext():
+        quiet = _stdout_to_stderr() if machine_readable else contextlib.nullcontext()
+        with _ended_by_sigterm(), _signals_reach_the_command(), quiet:
             result = args.handler(args)
         if machine_readable and result is not None:
             print(strict(finite(result)))
@@ -229,6 +230,26 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _signals_reach_the_command() -> Iterator[None]:
+    """What a signal raises is lost, with a traceback, where it strikes in a destructor: the signal is sent again."""
+    before = sys.unraisablehook
+
+    def again(lost: sys.UnraisableHookArgs) -> None:
+        number = signal.SIGINT if lost.exc_type is KeyboardInterrupt else signal.SIGTERM
+        if lost.exc_type in (KeyboardInterrupt, SystemExit):
+            # in a while: a handler that runs at once would raise in this hook
+            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+        else:
+            before(lost)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextlib.contextmanager

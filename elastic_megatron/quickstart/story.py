@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..errors import AGAIN, UserError
+from ..errors import AGAIN, DIVERGED, DivergedError, UserError
 from ..files.lock import locked, within
 from ..files.shipped import shipped
 from ..files.targets import check_writable
@@ -164,7 +164,8 @@ def _train(recipe: Recipe) -> None:
             raise KeyboardInterrupt  # where only the ranks got it
         if status > 128 or status == AGAIN:  # another signal: saved, and said so
             raise SystemExit(status)
-        raise UserError(f"{' '.join(command[2:])} ended with status {status}; its last lines say why")
+        kind = DivergedError if status == DIVERGED else UserError
+        raise kind(f"{' '.join(command[2:])} ended with status {status}; its last lines say why")
 
 
 def _rank(story: Story) -> None:

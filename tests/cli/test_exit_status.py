@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,6 +70,29 @@ def test_what_a_command_prints_is_json_whatever_it_found(
     monkeypatch.setattr(cli, "_parse", lambda _: argparse.Namespace(handler=lambda _: told, json=True))
     assert cli.main([]) == 0
     assert capsys.readouterr().out == '{"loss": null, "of": [1.5, null, {"x": "NaN"}]}\n'
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)])
+def test_a_signal_that_strikes_in_a_destructor_ends_the_command_too(number: int, status: int) -> None:
+    """Python prints what is raised there, and goes on."""
+    code = f"""if True:
+        import argparse, os, time
+        from elastic_megatron import cli
+
+        class Slow:
+            def __del__(self):
+                os.kill(os.getpid(), {number})
+                time.sleep(0.01)
+
+        def handler(_):
+            Slow()
+            time.sleep(30)
+
+        cli._parse = lambda _: argparse.Namespace(handler=handler)
+        raise SystemExit(cli.main([]))
+    """
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout, "Traceback" in ran.stderr) == (status, "", False), ran.stderr
 
 
 def test_an_error_for_people_ends_with_its_own_status(
