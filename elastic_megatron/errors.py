@@ -50,6 +50,17 @@ _REFUSED = {
 }  # fmt: skip
 
 
+def failure_in(error: BaseException) -> BaseException:
+    """What went wrong on a rank, of torch's ``CheckpointException``, which wraps it; another error is itself.
+
+    torch wraps interruptions too: these are raised.
+    """
+    inner = next((failure for failure, _ in getattr(error, "failures", {}).values()), error)
+    if isinstance(inner, KeyboardInterrupt | SystemExit):
+        raise inner
+    return inner
+
+
 def of_os_error(error: OSError, what: str = "") -> UserError | None:
     """What people are told about a failure of the file system; ``None`` where it may be a defect of this code.
 

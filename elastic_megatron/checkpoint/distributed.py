@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
 from .. import runtime
-from ..errors import RetryableError, UserError
+from ..errors import RetryableError, UserError, failure_in
 from . import integrity, tracker
 from .agreement import check_finite, check_replicas, same_on_all_ranks
 from .amax import Amax, write_amax
@@ -271,7 +271,7 @@ def _unlogged() -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """One line about a failure; a ``CheckpointException`` wraps the failure of each rank."""
-    inner = next((e for e, _ in getattr(error, "failures", {}).values()), error)
+    inner = failure_in(error)
     line = next((line.strip() for line in str(inner).splitlines() if line.strip()), "")
     return f"{type(inner).__name__}: {line[:160]}"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch.distributed.checkpoint import CheckpointException
 
-from ..errors import RetryableError, UserError, of_os_error
+from ..errors import RetryableError, UserError, failure_in, of_os_error
 
 # beside the weights: headers, config, tokenizer, and what file systems need for themselves
 _RESERVE = 64 << 20
@@ -51,7 +51,7 @@ def write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, CheckpointException) as e:
-        inner = next((inner for inner, _ in getattr(e, "failures", {}).values()), e)
+        inner = failure_in(e)
         what = f"{folder} cannot be written"
         told = of_os_error(inner, what) if isinstance(inner, OSError) else None
         raise told or UserError(f"{what} ({inner}); choose another destination") from e

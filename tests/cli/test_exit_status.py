@@ -63,6 +63,15 @@ def test_a_conversion_tells_them_apart_too_on_whichever_side_it_writes(tmp_path:
         assert told.value.status == status
 
 
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), SystemExit(143)])
+def test_an_interruption_that_torch_wraps_is_one(interruption: BaseException, tmp_path: Path) -> None:
+    """It is neither a folder that cannot be written nor a damaged checkpoint."""
+    wrapped = CheckpointException("read", {0: _wrap_exception(interruption)})
+    with pytest.raises(type(interruption)) as raised, write_errors(tmp_path):
+        raise wrapped
+    assert raised.value is interruption
+
+
 def test_what_a_command_prints_is_json_whatever_it_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

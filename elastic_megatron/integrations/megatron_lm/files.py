@@ -18,7 +18,7 @@ from ...checkpoint.dist_check import check_folder
 from ...checkpoint.manifest import FILE, Manifest
 from ...checkpoint.side_files import copy_side_files
 from ...checkpoint.source import Source
-from ...errors import UserError
+from ...errors import UserError, failure_in
 from ...files.lock import Held, acquire, within
 from ...files.writing import write_text
 from ...importance import Ranking
@@ -48,8 +48,7 @@ def open_parent(recipe: Recipe, shape: ParentShape) -> Source:
             try:
                 loaded = dist_checkpointing.load(shards, str(folder))
             except (CheckpointingException, CheckpointException) as e:
-                first = next((failure for failure, _ in getattr(e, "failures", {}).values()), e)
-                reason = str(first).strip().splitlines()[0]
+                reason = str(failure_in(e)).strip().splitlines()[0]
                 raise UserError(
                     f"{folder} cannot be loaded ({reason}); give the arguments that it was trained with"
                 ) from e
