@@ -13,6 +13,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from types import FrameType
 from typing import Any, NoReturn
 
 from . import __version__
@@ -126,36 +127,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     _quiet()
     machine_readable = getattr(args, "json", False)
+    struck: list[int] = []
     try:
         quiet = _stdout_to_stderr() if machine_readable else contextlib.nullcontext()
-        with _ended_by_sigterm(), _signals_reach_the_command(), quiet:
+        with _ended_by_signals(struck), quiet:
             result = args.handler(args)
         if machine_readable and result is not None:
             print(strict(finite(result)))
         sys.stdout.flush()  # here, where a full disk can still be told
-    except UserError as e:
-        _tell(str(e))
-        return e.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
-    except MemoryError:
+        return 128 + signal.SIGINT
+    except Exception as e:
+        if struck:
+            print("interrupted", file=sys.stderr)
+            return 128 + struck[-1]
+        return _failed(e)
+    return 0
+
+
+def _failed(error: Exception) -> int:
+    """Say why a command failed; its exit status."""
+    if isinstance(error, UserError):
+        _tell(str(error))
+        return error.status
+    if isinstance(error, MemoryError):
         _tell("memory ran out; run it where there is more of it, or on less at a time")
         return 1
-    except Exception as e:  # an internal failure: the traceback is for a bug report
-        if isinstance(e, BrokenPipeError) and e.errno == errno.EPIPE:
-            # the reader has seen enough; keep the interpreter from flushing into the pipe
-            _discard_stdout()
-            return 0
-        told = of_os_error(e) if isinstance(e, OSError) else None
-        if told is not None and not os.environ.get("ELASTIC_MEGATRON_DEBUG"):
-            _tell(str(told))
-            _discard_stdout()
-            return told.status
-        traceback.print_exc()
-        print("this is a defect of elastic-megatron; please report it with the traceback", file=sys.stderr)
-        return 1
-    return 0
+    if isinstance(error, BrokenPipeError) and error.errno == errno.EPIPE:
+        # the reader has seen enough; keep the interpreter from flushing into the pipe
+        _discard_stdout()
+        return 0
+    told = of_os_error(error) if isinstance(error, OSError) else None
+    if told is not None and not os.environ.get("ELASTIC_MEGATRON_DEBUG"):
+        _tell(str(told))
+        _discard_stdout()
+        return told.status
+    # an internal failure: the traceback is for a bug report
+    traceback.print_exception(error)
+    print("this is a defect of elastic-megatron; please report it with the traceback", file=sys.stderr)
+    return 1
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -212,44 +223,44 @@ def _discard_stdout() -> None:
 
 
 @contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """A command that is told to end cleans up as after an interruption.
+def _ended_by_signals(struck: list[int]) -> Iterator[None]:
+    """SIGTERM ends a command as an interruption does: it cleans up. Signals are noted in ``struck`` as they come.
 
-    Not one rank of several: while it waits for the others inside a collective, no handler runs.
+    What a handler raises may not arrive: a destructor prints it and goes on, and C++ turns it into errors of its own.
+    So a signal is sent again where it was lost, and whatever ends a command after one is its doing.
+
+    SIGTERM is left to one rank of several: while it waits for the others inside a collective, no handler runs.
     """
-
-    def leave(number: int, _: object) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    ours = threading.current_thread() is threading.main_thread() and os.environ.get("WORLD_SIZE", "1") == "1"
-    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-
-@contextlib.contextmanager
-def _signals_reach_the_command() -> Iterator[None]:
-    """What a signal raises is lost, with a traceback, where it strikes in a destructor: the signal is sent again."""
-    before = sys.unraisablehook
+    def leave(number: int, _: FrameType | None) -> NoReturn:
+        struck.append(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
 
     def again(lost: sys.UnraisableHookArgs) -> None:
-        number = signal.SIGINT if lost.exc_type is KeyboardInterrupt else signal.SIGTERM
-        if lost.exc_type in (KeyboardInterrupt, SystemExit):
+        if struck and lost.exc_type in (KeyboardInterrupt, SystemExit):
             # in a while: a handler that runs at once would raise in this hook
-            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+            threading.Timer(0.05, os.kill, (os.getpid(), struck[-1])).start()
         else:
-            before(lost)
+            hook(lost)
 
-    sys.unraisablehook = again
+    taken = {signal.SIGINT: signal.default_int_handler}
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        taken[signal.SIGTERM] = signal.SIG_DFL
+    taken = {number: usual for number, usual in taken.items() if signal.getsignal(number) is usual}
+    hook, sys.unraisablehook = sys.unraisablehook, again
+    for number in taken:
+        signal.signal(number, leave)
     try:
         yield
     finally:
-        sys.unraisablehook = before
+        for number, usual in taken.items():
+            signal.signal(number, usual)
+        sys.unraisablehook = hook
 
 
 @contextlib.contextmanager

@@ -81,9 +81,12 @@ def test_what_a_command_prints_is_json_whatever_it_found(
     assert capsys.readouterr().out == '{"loss": null, "of": [1.5, null, {"x": "NaN"}]}\n'
 
 
+@pytest.mark.parametrize("swallowed", [True, False])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)])
-def test_a_signal_that_strikes_in_a_destructor_ends_the_command_too(number: int, status: int) -> None:
-    """Python prints what is raised there, and goes on."""
+def test_a_signal_that_strikes_in_a_destructor_or_in_other_code_ends_the_command_too(
+    number: int, status: int, swallowed: bool
+) -> None:
+    """Python prints what is raised there, and goes on. And C++ turns what is raised in it into errors of its own."""
     code = f"""if True:
         import argparse, os, time
         from elastic_megatron import cli
@@ -94,8 +97,14 @@ def test_a_signal_that_strikes_in_a_destructor_ends_the_command_too(number: int,
                 time.sleep(0.01)
 
         def handler(_):
-            Slow()
-            time.sleep(30)
+            if {swallowed}:
+                Slow()
+                time.sleep(30)
+            try:
+                os.kill(os.getpid(), {number})
+                time.sleep(30)
+            except BaseException:
+                raise ValueError("could not determine the shape") from None
 
         cli._parse = lambda _: argparse.Namespace(handler=handler)
         raise SystemExit(cli.main([]))
