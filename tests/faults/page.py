@@ -10,7 +10,7 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 JSON, PAGE = DOCS / "reliability.json", DOCS / "reliability.md"
-_MARKED = re.compile(r"(<!-- (\w+): rendered by tests/faults/run\.py -->\n).*?(\n<!-- end -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- (\w+): rendered by tests/faults/run\.py -->\n).*?(<!-- end -->)", re.DOTALL)
 # promise, study, kinds of faults that break it
 PROMISES = (
     ("The same command finishes with the bytes of an undisturbed run", "kill", ("does not finish", "different", "queued", "hang", "status", "traceback", "more than undisturbed")),
@@ -47,7 +47,7 @@ def write(found: Mapping[str, Any]) -> None:
 
 def filled(page: str, found: Mapping[str, Any]) -> str:
     texts = render(found)
-    return _MARKED.sub(lambda m: f"{m[1]}{texts[m[2]]}{m[3]}", page)
+    return _MARKED.sub(lambda m: f"{m[1]}{texts[m[2]]}\n{m[3]}", page)
 
 
 def _promises(studies: Mapping[str, Any]) -> list[tuple[str, ...]]:
